@@ -1,0 +1,82 @@
+"""Registration without importing: our extensions enter PEFT and transformers when those are imported.
+
+`REGISTRATIONS` maps a module of theirs to the functions of ours that must run once it is loaded. The alternative, importing
+torch, transformers and peft on `import grainwise`, would cost seconds in every command.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+REGISTRATIONS: dict[str, tuple[str, ...]] = {
+    "peft": ("grainwise.adapt.registration:register",),
+    "transformers.quantizers.auto": ("grainwise.compress.quantizer:register",),
+    "transformers.models.auto.modeling_auto": ("grainwise.compress.slicegpt:register",),
+    "transformers.modeling_utils": ("grainwise.context.attention_registration:register",),
+}
+
+
+def install() -> None:
+    """Run the registrations of modules that are loaded, and arrange for the others. Calling it again does nothing."""
+    if any(isinstance(f, _Finder) for f in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for module in REGISTRATIONS:
+        if module in sys.modules:
+            register(module)
+
+
+def register(module: str) -> None:
+    """Run the registrations that wait for `module`."""
+    for target in REGISTRATIONS[module]:
+        place, function = target.split(":")
+        if not _exists(place):  # TEMPORARY
+            continue
+        getattr(importlib.import_module(place), function)()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the watched modules the ordinary way and adds a step after their execution."""
+
+    def __init__(self) -> None:
+        self.busy: set[str] = set()
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in REGISTRATIONS or name in self.busy:
+            return None
+        self.busy.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.busy.discard(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, inner: importlib.abc.Loader) -> None:
+        self.inner = inner
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = self.inner  # the module keeps its ordinary loader, for inspect and importlib.resources
+        module.__loader__ = self.inner
+        self.inner.exec_module(module)
+        register(module.__name__)
+
+
+def _exists(place: str) -> bool:  # TEMPORARY
+    try:
+        return importlib.util.find_spec(place) is not None
+    except ModuleNotFoundError:
+        return False
