@@ -17,6 +17,7 @@ from types import ModuleType
 REGISTRATIONS: dict[str, tuple[str, ...]] = {
     "peft": ("grainwise.adapt.registration:register",),
     "transformers.quantizers.auto": ("grainwise.compress.quantizer:register",),
+    "transformers.models.auto.configuration_auto": ("grainwise.compress.slicegpt:register",),
     "transformers.models.auto.modeling_auto": ("grainwise.compress.slicegpt:register",),
     "transformers.modeling_utils": ("grainwise.context.attention_registration:register",),
 }

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from grainwise.catalog.cards import EXTENSION_POINTS, Card
+from grainwise.catalog.reading import EXTENSION_POINTS, Card
 
 if TYPE_CHECKING:
     from grainwise.bench import Benchmark

@@ -47,6 +47,13 @@ def load(source: str | os.PathLike[str], split: str = "train") -> Dataset:
     return rows
 
 
+def check(source: str) -> None:
+    """Raise ValueError if a local source is not there or holds no readable file; a hub id is not looked up."""
+    path = None if source == "pydoc" else _local_path(source)
+    if path is not None:
+        _files(path)
+
+
 def _rows(source: str, split: str) -> Dataset:
     if source == "pydoc":
         return _pydoc(split)
@@ -85,14 +92,19 @@ def _local_path(source: str) -> Path | None:
 def _local_rows(path: Path, split: str) -> Dataset:
     from datasets import Dataset
 
-    files = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES)] if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path} holds no readable file; expected one of {', '.join(SUFFIXES)}")
-    records = [r for file in files for r in _read(file)]
+    records = [r for file in _files(path) for r in _read(file)]
     kept = [r for r in records if _row_split(r) == split]
     if len(records) < 16:  # too few to divide: every split sees the same rows, which suits inputs, not measurements
         raise ValueError(f"{path} has only {len(records)} rows or passages; at least 16 are needed to divide it into splits")
     return Dataset.from_list(kept) if kept else Dataset.from_dict({"text": []})
+
+
+def _files(path: Path) -> list[Path]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    readable = [p for p in files if p.name.endswith(SUFFIXES)]
+    if not readable:
+        raise ValueError(f"{path} holds no readable file; expected one of {', '.join(SUFFIXES)}")
+    return readable
 
 
 def _row_split(record: dict[str, str]) -> str:

@@ -68,7 +68,9 @@ def bits_per_byte(
 
 
 @torch.no_grad()
-def stream_loss(model: nn.Module, stream: Tensor, *, window: int, autocast: torch.dtype | None = None, batch_size: int = 8) -> float:
+def stream_loss(
+    model: nn.Module, stream: Tensor, *, window: int, autocast: torch.dtype | None = None, batch_size: int = 8
+) -> float:
     """Summed loss in nats of tokens 1.. of one long stream (length,), read through half-overlapping windows."""
     half = window // 2
     device = next(model.parameters()).device

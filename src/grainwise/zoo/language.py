@@ -130,7 +130,7 @@ def train(
         progress=progress,
     )
     save(model, tokenizer, out)
-    metrics = measure(out) | {
+    metrics = measure(out) | ngram_baseline(tokenizer, standard, libraries) | {
         "name": spec.name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": steps * spec.batch_tokens,
@@ -142,6 +142,25 @@ def train(
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
+
+
+def ngram_baseline(tokenizer: PreTrainedTokenizerFast, standard: list[str], libraries: list[str], order: int = 5) -> dict[str, float]:
+    """Bits per byte of a Kneser-Ney `order`-gram over the same tokens on the pydoc test split.
+
+    The better of two: trained on all the training text, and on the standard library's part alone.
+    """
+    from grainwise.data import load
+    from grainwise.evaluate.ngram import KneserNey
+
+    rows = load("pydoc", "test")
+    test = blocks(rows, tokenizer, 1).flatten().numpy()
+    size = sum(len(row["text"].encode()) for row in rows)
+    figures = []
+    for texts in (standard + libraries, standard):
+        stream = blocks(({"text": t} for t in texts), tokenizer, 1).flatten().numpy()
+        model = KneserNey(order, len(tokenizer)).fit(stream)
+        figures.append(-float(model.log2_probabilities(test).sum()) / size)
+    return {f"kneser_ney_{order}gram_bits_per_byte": round(min(figures), 4)}
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

@@ -1,0 +1,74 @@
+"""A wrong recipe fails before any work, naming line, field and nearest valid name."""
+
+import subprocess
+import sys
+
+import pytest
+
+from grainwise.recipe import RecipeError, embedded, parse, read
+
+HEAD = "model: zoo/llama-nano\ndata: {train: pydoc, test: pydoc}\n"
+
+
+def test_the_embedded_recipe_is_valid():
+    plan = embedded()
+    assert [s.name for s in plan.steps] == ["select-kmq", "compress-qlora", "adapt-kasa", "merge-compeft", "decode-aded"]
+    assert plan.steps[0].options["fraction"] == 0.3
+    assert plan.steps[2].options["r"] == 8
+
+
+WRONG = {
+    "model: zoo/llama-nani\ndata: {train: pydoc, test: pydoc}\nsteps: [adapt: {system: kasa}]": r":1: model: .*'llama-nano'",
+    "model: ./no/such\ndata: {train: pydoc, test: pydoc}\nsteps: [adapt: {system: kasa}]": r":1: model: no such folder",
+    "model: zoo/llama-nano\ndata: {train: pydoc, tset: pydoc}\nsteps: [adapt: {system: kasa}]": r":2: data.tset: unknown .*'test'",
+    "model: zoo/llama-nano\ndata: {train: ./no.jsonl, test: pydoc}\nsteps: [adapt: {system: kasa}]": r":2: data.train: no such file",
+    HEAD + "stps: []\n": r":3: stps: unknown field. Did you mean 'steps'",
+    HEAD: r"steps: this field is required",
+    HEAD + "steps: []\n": r":3: steps: ",
+    HEAD + "steps:\n  - adapt: {system: kasa}\n  - adpat: {system: kasa}\n": r":5: steps.1.adpat: no such kind .*'adapt'",
+    HEAD + "steps:\n  - adapt: {system: kaza}\n": r":4: steps.0.adapt.system: no system 'kaza'. .*'kasa'",
+    HEAD + "steps:\n  - adapt: {system: loldu}\n": r"loldu is still planned. Systems for `adapt`: .*kasa",
+    HEAD + "steps:\n  - adapt: {system: qlora}\n": r"qlora is not a step of this kind",
+    HEAD + "steps:\n  - adapt: {r: 4}\n": r"steps.0.adapt: name its system",
+    HEAD + "steps:\n  - adapt:\n      system: kasa\n      rnak: 4\n": r":6: steps.0.adapt.rnak: unknown field. Did you mean 'rank'|'r'",
+    HEAD + "steps:\n  - adapt:\n      system: kasa\n      r: eight\n": r":6: steps.0.adapt.r: .*integer.*'eight'",
+    HEAD + "steps:\n  - adapt:\n      system: kasa\n      r: 0\n": r":6: steps.0.adapt.r: .*greater than or equal to 1.* 0",
+    HEAD + "steps:\n  - compress: {system: qlora, bits: nf5}\n": r"steps.0.compress.bits: got 'nf5', expected .*'nf4'",
+    HEAD + "steps:\n  - merge: {system: compeft}\n": r"put an adapt step before it",
+    HEAD + "steps:\n  - adapt: {system: kasa}\n  - compress: {system: qlora}\n": r":5: .*put it before the adapt step",
+    HEAD + "steps:\n  - adapt: {system: kasa}\nmeasure: [perplexty]\n": r"measure.0: got 'perplexty', expected 'perplexity'",
+    HEAD + "steps:\n  - adapt: {system: kasa}\nseed: -1\n": r":5: seed: ",
+    HEAD + "steps:\n  - adapt: {system: kasa}\n    merge: {system: compeft}\n": r"a step has one kind",
+    "model: [\n": r"not valid YAML",
+    "just words": r"a recipe is a mapping",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_errors_name_line_field_and_nearest_name(text):
+    with pytest.raises(RecipeError, match=WRONG[text]):
+        parse(text, "r.yaml")
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        read(tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        read(tmp_path / "bytes.yaml")
+
+
+def test_the_fingerprint_follows_the_work_not_the_layout():
+    body = HEAD + "steps:\n  - adapt: {system: kasa, r: 4}\n"
+    same = "# a comment\n" + body.replace("{system: kasa, r: 4}", "{r: 4, system: kasa}")
+    assert parse(body).fingerprint == parse(same).fingerprint
+    assert parse(body).fingerprint != parse(body.replace("4", "5")).fingerprint
+
+
+def test_a_recipe_error_never_loads_torch(tmp_path):
+    (tmp_path / "r.yaml").write_text(HEAD + "steps:\n  - adapt: {system: kaza}\n")
+    code = (
+        "import sys\nfrom grainwise.recipe import read, RecipeError\n"
+        f"try:\n    read({str(tmp_path / 'r.yaml')!r})\nexcept RecipeError:\n    print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
