@@ -33,7 +33,7 @@ SPECS: dict[str, LanguageModelSpec] = {
     s.name: s
     for s in (
         LanguageModelSpec("llama-mini", 256, 6, 4, 704, tokens=9_000_000, matrix_lr=6e-3, other_lr=3e-3),
-        LanguageModelSpec("llama-draft", 128, 3, 2, 352, tokens=9_000_000, matrix_lr=8e-3, other_lr=5e-3),
-        LanguageModelSpec("llama-nano", 32, 2, 2, 96, tokens=6_000_000, matrix_lr=1e-2, other_lr=1e-2),
+        LanguageModelSpec("llama-draft", 128, 3, 2, 352, tokens=5_000_000, matrix_lr=8e-3, other_lr=5e-3),
+        LanguageModelSpec("llama-nano", 32, 2, 2, 96, tokens=3_000_000, matrix_lr=1e-2, other_lr=1e-2),
     )
 }

@@ -1,0 +1,267 @@
+"""What every adapter of this package promises. A new member is tested by adding its line to CASES."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from grainwise.adapt import MEMBERS, register
+from grainwise.adapt.tuner import start_state
+
+TARGETS = ["q_proj", "o_proj", "down_proj"]  # square, square, wide
+CASES = {"kasa": {"r": 3}}  # member -> options of its config
+WRONG = {"kasa": {"r": 0}}  # member -> an option that must be refused
+
+register()
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=97, max_position_embeddings=64, **shape)).eval()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=MEMBERS)
+def member(request):
+    return request.param
+
+
+def config_of(member, **options):
+    return PEFT_TYPE_TO_CONFIG_MAPPING[member.upper()](**{"target_modules": TARGETS, **CASES[member], **options})
+
+
+def attach(base, member, **options):
+    return get_peft_model(copy.deepcopy(base), config_of(member, **options)).eval()
+
+
+def stir(model, seed=0, name="default"):
+    """Move every parameter of an adapter away from its start, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if f".{name}" in key:
+                p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p.dtype))
+    return model
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def test_every_member_is_listed():
+    assert set(CASES) == set(WRONG) == set(MEMBERS)
+
+
+def test_save_and_load(base, ids, member, tmp_path):
+    model = stir(attach(base, member))
+    model.save_pretrained(tmp_path)
+    for low_memory in (False, True):
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low_memory)
+        torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=0, atol=1e-5)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 0.5 * sum(p.nbytes for p in base.parameters())
+
+
+def test_saving_a_loaded_adapter_writes_the_same_tensors(base, member, tmp_path):
+    from safetensors.torch import load_file
+
+    stir(attach(base, member)).save_pretrained(tmp_path / "one")
+    PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one").save_pretrained(tmp_path / "two")
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_transformers_loads_the_folder(base, ids, member, tmp_path):
+    base.save_pretrained(tmp_path / "base")
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = stir(get_peft_model(plain, config_of(member))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=0, atol=1e-5)
+
+
+def test_merged_equals_unmerged(base, ids, member):
+    model = stir(attach(base, member))
+    expected = logits(model, ids)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-5)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert type(merged) is type(base)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=1e-5)
+
+
+def test_safe_merge_refuses_broken_values(base, member):
+    model = attach(base, member)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+        stir(model)
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_unload_gives_the_base_back(base, ids, member):
+    model = stir(attach(base, member))
+    assert not torch.allclose(logits(model, ids), logits(base, ids))
+    model.merge_adapter()
+    plain = model.unload()
+    assert type(plain) is type(base)
+    for key, value in base.state_dict().items():
+        torch.testing.assert_close(plain.state_dict()[key], value, rtol=0, atol=1e-6)
+
+
+def test_dtypes(base, ids, member):
+    half = copy.deepcopy(base).bfloat16()
+    model = stir(get_peft_model(half, config_of(member)).eval())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}  # as PEFT promises: adapters train in float32
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    out = logits(model, ids)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(model.merge_and_unload(), ids).float(), out.float(), rtol=0, atol=0.1)
+    kept = get_peft_model(copy.deepcopy(base).bfloat16(), config_of(member), autocast_adapter_dtype=False)
+    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
+
+
+def test_gradient_only_where_promised(base, ids, member):
+    model = stir(attach(base, member))
+    model(input_ids=ids, labels=ids).loss.backward()
+    layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[member.upper()].tuner_layer_cls
+    for key, p in model.named_parameters():
+        promised = any(f".{name}.default" in key for name in layer_cls.adapter_layer_names)
+        assert p.requires_grad == promised
+        assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == promised
+
+
+def test_seed_decides_the_start(base, member):
+    def start(**options):
+        return {k: v for k, v in attach(base, member, **options).state_dict().items() if ".default" in k}
+
+    torch.manual_seed(1)
+    one = start(seed=5)
+    torch.manual_seed(2)
+    two = start(seed=5)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    other = start(seed=6)
+    assert any(not torch.equal(one[k], other[k]) for k in one)
+
+
+def test_start_state_is_the_start(base, member):
+    model = attach(base, member, seed=5)
+    start = {k: v.clone() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    again = start_state(stir(model))
+    assert again.keys() == start.keys()
+    assert all(torch.equal(again[k], start[k]) for k in start)
+
+
+def test_several_adapters(base, ids, member, tmp_path):
+    model = stir(attach(base, member))
+    first = logits(model, ids)
+    model.add_adapter("second", config_of(member, seed=9))
+    stir(model, seed=3, name="second")
+    torch.testing.assert_close(logits(model, ids), first)  # added, not active
+    assert not any(p.requires_grad for k, p in model.named_parameters() if ".second" in k)
+    model.set_adapter("second")
+    second = logits(model, ids)
+    assert not torch.allclose(first, second)
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    alone = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "second")
+    torch.testing.assert_close(logits(alone, ids), second, rtol=0, atol=1e-5)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, ids), first)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model, ids)
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload(), ids), both, rtol=0, atol=1e-5)
+    model.delete_adapter("second")
+    torch.testing.assert_close(logits(model, ids), first)
+    model.delete_adapter("default")  # the last one: the base is as it was
+    torch.testing.assert_close(logits(model.base_model.model, ids), logits(base, ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(base, ids, member, tmp_path, checkpointing):
+    model = attach(base, member)
+    frozen = {k: p.clone() for k, p in model.named_parameters() if not p.requires_grad}
+    start = {k: p.clone() for k, p in model.named_parameters() if p.requires_grad}
+    args = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=0.05,
+        gradient_checkpointing=checkpointing,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ids] * 4
+    Trainer(model, args, train_dataset=rows).train()
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[k], v) for k, v in frozen.items())
+    assert any(not torch.equal(now[k], v) for k, v in start.items())
+    expected = logits(model.eval(), ids)
+    if not checkpointing:  # a stopped run goes on from its checkpoint, on a fresh base, to the same weights
+        fresh = attach(base, member)
+        Trainer(fresh, args, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        torch.testing.assert_close(logits(fresh.eval(), ids), expected, rtol=0, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(base, ids, member):
+    def gradients(checkpointing):
+        model = stir(attach(base, member)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+    plain, saved = gradients(False), gradients(True)
+    assert plain.keys() == saved.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(saved[key], value)
+
+
+def test_disabled_then_enabled(base, ids, member):
+    model = stir(attach(base, member))
+    expected = logits(model, ids)
+    with model.disable_adapter():
+        assert not torch.allclose(logits(model, ids), expected)
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_wrong_arguments(base, ids, member):
+    with pytest.raises(ValueError, match=r"got 0|must|unknown"):
+        config_of(member, **WRONG[member])
+    untouched = copy.deepcopy(base)
+    with pytest.raises(TypeError, match=r"input_layernorm.*LlamaRMSNorm"):
+        get_peft_model(untouched, config_of(member, target_modules=["q_proj", "post_attention_layernorm", "input_layernorm"]))
+    assert torch.equal(logits(untouched, ids), logits(base, ids))  # an error leaves the model as it was
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(copy.deepcopy(base), config_of(member, target_modules=["q_prog"]))
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(base.config)
+    with pytest.raises(ValueError, match="meta device"):
+        get_peft_model(empty, config_of(member))
+
+
+def test_another_adapter_on_the_same_layer_is_refused(base, member):
+    from peft import LoraConfig
+
+    with_lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="already carries a"), pytest.warns(UserWarning, match="peft_config"):
+        get_peft_model(with_lora, config_of(member))
+    model = attach(base, member)
+    with pytest.raises(ValueError, match="different peft types"):
+        model.add_adapter("lora", LoraConfig(r=2, target_modules=["q_proj"]))
