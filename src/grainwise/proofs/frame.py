@@ -102,7 +102,14 @@ def get(slug: str) -> Proof:
     return importlib.import_module(f"grainwise.proofs.{slug}").PROOF
 
 
-def run(slug: str, *, seeds: int = 3, first_seed: int = 0, smoke: bool = False, each: Callable[[dict], None] | None = None) -> dict[str, Any]:
+def run(
+    slug: str,
+    *,
+    seeds: int = 3,
+    first_seed: int = 0,
+    smoke: bool = False,
+    each: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Run a proof on `seeds` seeds and return its result as one JSON-able object. each: called with every finished row."""
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")

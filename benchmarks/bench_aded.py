@@ -1,0 +1,132 @@
+"""ADED against plain decoding and prompt look-up: tokens per second on three kinds of prompts, in float32 and bfloat16.
+
+The model is `zoo/llama-mini` inflated to four times its width, so that a forward pass costs what it does in real models.
+The table is counted from the training split of the documentation; prompts come from the test split (documentation, lists
+of signatures) and from program code, which the table has never seen. All candidates continue the same prompts greedily;
+ADED's table forgets between runs what it has learned in one.
+"""
+
+import re
+import time
+
+import torch
+
+from grainwise import zoo
+from grainwise.bench import Benchmark, Setting, Timing, alternate
+from grainwise.data import blocks, load
+from grainwise.decode.aded import AdaptiveDraftDecoder, TrigramTable
+from grainwise.proofs.aded import CODE_PACKAGES, program_code
+
+PROMPTS, PROMPT, NEW = 2, 96, 96  # prompts of a kind, tokens of each, new tokens
+BUDGETS = (8, 16, 24, 32, 64)
+BUDGET = {
+    torch.float32: 16,
+    torch.bfloat16: 24,
+}  # drafted nodes: about where computing begins to cost more than reading weights
+DEPTH = 8
+
+
+def run(runs: int) -> Benchmark:
+    small, tokenizer = zoo.load("llama-mini")
+    model = zoo.inflate(small, width=4).eval()
+    table = TrigramTable.from_rows(load("pydoc", "train"), tokenizer)
+    settings, spread = [], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        for kind, ids in prompts(tokenizer).items():
+            name = f"{kind}, {str(dtype).removeprefix('torch.')}"
+            decoder = AdaptiveDraftDecoder(table, budget=BUDGET[dtype], depth=DEPTH)
+            candidates = {
+                "ours": lambda d=decoder, i=ids: decode(model, i, d),
+                "plain": lambda i=ids: decode(model, i),
+                "prompt look-up": lambda i=ids: decode(model, i, prompt_lookup_num_tokens=10),
+            }
+            times = alternate(candidates, runs=runs)
+            settings.append(setting(name, times, model, ids, decoder))
+            spread |= {f"{name}, {n}": round(t.spread, 3) for n, t in times.items()}
+        settings[-3].extra = dict(settings[-3].extra) | {"tokens per second by budget": budgets(model, table, tokenizer)}
+    note = (
+        f"ours drafts at most {BUDGET[torch.float32]} nodes in float32 and {BUDGET[torch.bfloat16]} in bfloat16, depth {DEPTH}; "
+        f"mean over kinds: {mean_ratio(settings, None):.2f}x plain, {mean_ratio(settings, 'prompt look-up'):.2f}x prompt look-up"
+    )
+    return Benchmark("aded", "tokens/s", settings, runs, lower_is_better=False, spread=spread, note=note)
+
+
+def prompts(tokenizer):
+    """kind -> long tensor (PROMPTS, PROMPT)."""
+    held_out = load("pydoc", "test")
+    headings = [h for row in held_out for h in re.findall(r"^(?:def|class) .*$", row["text"], re.MULTILINE)]
+    kinds = {
+        "documentation": held_out,
+        "signature lists": [{"text": "\n".join(headings)}],
+        "program code": [{"text": t} for t in program_code(CODE_PACKAGES[:1])],
+    }
+    chosen = {}
+    for kind, rows in kinds.items():
+        pool = blocks(rows, tokenizer, PROMPT)
+        chosen[kind] = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:PROMPTS]]
+    return chosen
+
+
+def decode(model, ids, decoder=None, **options):
+    """Continue every prompt by NEW greedy tokens; the end-of-text token does not stop it."""
+    if decoder is not None:
+        decoder.table.reset()
+        options["custom_generate"] = decoder
+    made = []
+    for prompt in ids.split(1):
+        made.append(
+            model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+                pad_token_id=1, **options,
+            )
+        )  # fmt: skip
+    return torch.cat(made)
+
+
+def setting(name: str, times: dict[str, Timing], model, ids, decoder) -> Setting:
+    tokens = PROMPTS * NEW
+    same = (decode(model, ids, decoder) == decode(model, ids)).float().mean().item()
+    record = decoder.record
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Setting(
+        name=name,
+        ours=tokens / times["ours"].median,
+        naive=tokens / times["plain"].median,
+        peers={"prompt look-up": tokens / times["prompt look-up"].median},
+        limit={
+            "what": "tokens/s if a forward only read the weights once, at the bandwidth measured now",
+            "figure": round(record.tokens_per_forward * bandwidth() / weights, 1),
+        },
+        extra={
+            "tokens per forward (last prompt)": round(record.tokens_per_forward, 3),
+            "draft ms": round(record.draft_ms, 3),
+            "target ms": round(1e3 * record.target_seconds / len(record.emitted), 2),
+            "tokens equal to plain decoding": round(same, 4),
+        },
+    )
+
+
+def budgets(model, table, tokenizer) -> dict[int, float]:
+    """Tokens per second of ours on the documentation prompts with other node budgets."""
+    ids = prompts(tokenizer)["documentation"]
+    decoders = {b: AdaptiveDraftDecoder(table, budget=b, depth=DEPTH) for b in BUDGETS}
+    times = alternate({str(b): lambda d=d: decode(model, ids, d) for b, d in decoders.items()}, runs=2, warmup=0)
+    return {b: round(PROMPTS * NEW / times[str(b)].median, 1) for b in BUDGETS}
+
+
+def bandwidth() -> float:
+    """Bytes per second of reading memory with all threads, best of a few."""
+    block = torch.ones(2**26)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        block.sum()
+        seconds.append(time.perf_counter() - started)
+    return block.nbytes / min(seconds)
+
+
+def mean_ratio(settings: list[Setting], peer: str | None) -> float:
+    """Geometric mean over the settings of ours / the other."""
+    ratios = torch.tensor([s.ours / (s.naive if peer is None else s.peers[peer]) for s in settings])
+    return ratios.log().mean().exp().item()

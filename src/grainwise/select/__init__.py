@@ -1,0 +1,47 @@
+"""Which data to learn from: estimators that pick rows of a corpus by their embeddings.
+
+A corpus enters as an `EmbeddedPool`: its embeddings by any encoder, in memory or in shards on disk, refused when they
+come from another encoder. A selector is a scikit-learn estimator: parameters in the constructor, `fit(pool, ...)`,
+`select(budget, seed=...)`, learned state ending in `_`. What comes out is a `Selection`: distinct row indices, a weight
+each, per-row details (cluster, round, ...) and where they come from, saved as JSON. `select_rows` does all of it on a
+`datasets.Dataset` in one call.
+
+Members share the pool, the selection, the apportionment of a budget over groups, streamed k-means with the silhouette,
+and scorers of prompt/response pairs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "text_encoder": ("Encoder", "TransformerEncoder"),
+    "embedded_pool": ("EmbeddedPool", "as_pool"),
+    "selection": ("DataSelector", "Selection", "apportion", "select_rows"),
+    "clustering": ("Clustering", "KScore", "choose_k", "elbow", "k_curve", "kmeans"),
+    "quality": (
+        "LengthScorer",
+        "LikelihoodScorer",
+        "PairScorer",
+        "QualityScorer",
+        "RatingScorer",
+        "RewardModelScorer",
+        "RewardScorer",
+        "gold_minus_generated",
+    ),
+    "kmq": ("KCenter", "KMQ"),
+    "iterative_kmq": ("History", "IterativeKMQ", "IterativeResult"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
