@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from grainwise.data import load, row_text, shared_folder
-from grainwise.data import sources
+from grainwise.data import load, row_text, shared_folder, sources
 from grainwise.data.docstrings import module_text, paragraphs, pydoc_split, without_overlap
 
 
@@ -61,7 +60,7 @@ def test_tables(tmp_path, name):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
     else:
         text = "\n".join(map(json.dumps, ROWS)) if "jsonl" in name else json.dumps(ROWS)
-        (gzip.open(file, "wt") if name.endswith("gz") else file.open("w")).write(text)
+        file.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     parts = [load(file, s) for s in ("train", "validation", "test")]
     assert sorted(r for p in parts for r in p["prompt"]) == sorted(r["instruction"] for r in ROWS)
     assert row_text(parts[0][0]) == f"{parts[0][0]['prompt']}\n{parts[0][0]['response']}"

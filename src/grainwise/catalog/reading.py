@@ -156,7 +156,7 @@ def _card(slug: str, room: str, table: dict[str, Any]) -> Card:
         raise ValueError(f"the card [{slug}] in {room}.toml lacks or does not know: {', '.join(sorted(wrong))}")
     if table["extension_point"] not in EXTENSION_POINTS:
         raise ValueError(f"[{slug}] extension_point: {did_you_mean(table['extension_point'], EXTENSION_POINTS)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k != "step"}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k != "step"}
     return Card(slug=slug, room=room, step=_step(slug, table.get("step")), **values)
 
 
@@ -169,5 +169,6 @@ def _step(slug: str, table: dict[str, Any] | None) -> Step | None:
     for name, given in table.get("options", {}).items():
         if given.get("type") not in OPTION_TYPES:
             raise ValueError(f"[{slug}.step.options] {name}: type must be one of {', '.join(OPTION_TYPES)}")
-        options[name] = Option(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        options[name] = Option(**values)
     return Step(table["kind"], options)

@@ -66,7 +66,7 @@ class KneserNey:
         removed = np.bincount(context, weights=discounts[np.minimum(counts, 3)], minlength=contexts)
         with np.errstate(invalid="ignore", divide="ignore"):
             backoff = np.where(totals > 0, removed / totals, 1.0)
-        return _Order(keys, counts.astype(float), discounts, totals, backoff)
+        return _Order(keys, counts.astype(float), discounts, totals.astype(float), backoff)
 
     def log2_probabilities(self, tokens: Ints) -> Floats:
         """log2 P(token | the tokens before it) for each token, float array (length,)."""

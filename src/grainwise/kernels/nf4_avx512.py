@@ -321,24 +321,23 @@ def _level_reader(c: Code, w: Weights, bf16: bool) -> Callable[[ir.Value], list[
     """A function from 128 codes (32 words of 16 bits) to the levels of weights 0, 4, 8.. then 1, 5.. 2, 6.. 3, 7.. as bf16,
     or of weights 0, 8, 16.. then 1, 9.. and so on as float32.
 
-    The look-ups use the low bits of each word only. Nibbles are brought there by a high multiply with a power of two, which
-    does what a shift does on execution units that the look-ups leave free; LLVM would see through a constant.
+    The look-ups use the low bits of each word only, so a shift is all the unpacking there is. (On Zen 4 shifts, look-ups and
+    products run on different execution units.)
     """
-    times = {4: c.load(V32H, w.levels, c.i(128)), 8: c.load(V32H, w.levels, c.i(192)), 12: c.load(V32H, w.levels, c.i(256))}
     table = c.load(V32H, w.levels, c.i(64)) if bf16 else c.load(V16F, w.levels, c.i(0))
 
     def right(words: ir.Value, bits: int) -> ir.Value:
-        return words if bits == 0 else c.intrinsic("llvm.x86.avx512.pmulhu.w.512", V32H, words, times[bits])
+        return c.b.lshr(words, ir.Constant(V32H, [bits] * 32))
 
     def bf16_levels(words: ir.Value) -> list[ir.Value]:
         name = "llvm.x86.avx512.permvar.hi.512"
         return [c.b.bitcast(c.intrinsic(name, V32H, table, right(words, bits)), V32B) for bits in (4, 0, 12, 8)]
 
     def float_levels(words: ir.Value) -> list[ir.Value]:
-        upper = c.b.bitcast(c.b.lshr(c.b.bitcast(words, V16I), ir.Constant(V16I, [16] * 16)), V32H)
+        wide = c.b.bitcast(words, V16I)
         name = "llvm.x86.avx512.permvar.sf.512"
-        places = [(half, bits) for half in (words, upper) for bits in (4, 0, 12, 8)]
-        return [c.intrinsic(name, V16F, table, c.b.bitcast(right(half, bits), V16I)) for half, bits in places]
+        shifted = [c.b.lshr(wide, ir.Constant(V16I, [bits] * 16)) for bits in (4, 0, 12, 8, 20, 16, 28, 24)]
+        return [c.intrinsic(name, V16F, table, index) for index in shifted]
 
     return bf16_levels if bf16 else float_levels
 
@@ -564,11 +563,10 @@ def machine(kind: str, block: int = 64, nested: bool = False, rows: int = 1) -> 
 
 @functools.lru_cache(maxsize=8)
 def _level_tables(levels: bytes) -> Tensor:
-    """The levels as 16 floats, as 2 x 16 bf16, and the factors 2^12, 2^8, 2^4 of the high multiplies (320 bytes)."""
+    """The levels as 16 floats, then twice as 16 bf16 (128 bytes)."""
     floats = torch.frombuffer(bytearray(levels), dtype=torch.float32)
     halves = floats.to(torch.bfloat16).repeat(2).view(torch.uint8)
-    factors = torch.tensor([1 << 12, 1 << 8, 1 << 4], dtype=torch.int16).repeat_interleave(32).view(torch.uint8)
-    return torch.cat([floats.view(torch.uint8), halves, factors])
+    return torch.cat([floats.view(torch.uint8), halves])
 
 
 @functools.lru_cache(maxsize=8)

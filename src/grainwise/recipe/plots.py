@@ -31,7 +31,9 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step) + 1)]
 
 
-def path_plot(points: Sequence[tuple[str, float, float]], x_title: str, y_title: str, x_unit: str = "", y_unit: str = "") -> str:
+def path_plot(
+    points: Sequence[tuple[str, float, float]], x_title: str, y_title: str, x_unit: str = "", y_unit: str = ""
+) -> str:
     """A path through labelled points (name, x, y): how two figures moved from step to step.
 
     Points at the same place share one label.
@@ -54,7 +56,7 @@ def path_plot(points: Sequence[tuple[str, float, float]], x_title: str, y_title:
         anchor, shift = ("end", -8) if px > WIDTH * 0.6 else ("start", 8)
         label = html.escape(", ".join(names))
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" fill="{ACCENT}"/>')
-        parts.append(f'<text x="{px + shift:.1f}" y="{row:.1f}" text-anchor="{anchor}" font-size="11" fill="{INK}">{label}</text>')
+        parts.append(_text(px + shift, row, label, 11, anchor))
     return _svg(parts)
 
 
@@ -62,14 +64,13 @@ def bar_plot(bars: Sequence[tuple[str, float]], title: str, unit: str = "") -> s
     """Horizontal bars from zero, one per step, with their values."""
     height = 30 + 26 * len(bars)
     most = max((v for _, v in bars), default=1.0) or 1.0
-    parts = [f'<text x="0" y="14" font-size="12" fill="{INK}">{html.escape(title)}</text>']
+    parts = [_text(0, 14, html.escape(title), 12)]
     for i, (name, value) in enumerate(bars):
         y = 24 + 26 * i
         length = (WIDTH - 250) * value / most
-        parts.append(f'<text x="0" y="{y + 14}" font-size="11" fill="{INK}">{html.escape(name)}</text>')
+        parts.append(_text(0, y + 14, html.escape(name), 11))
         parts.append(f'<rect x="150" y="{y + 2}" width="{max(length, 1):.1f}" height="16" rx="2" fill="{ACCENT}"/>')
-        label = html.escape(human(value, unit))
-        parts.append(f'<text x="{158 + length:.1f}" y="{y + 14}" font-size="11" fill="{INK}">{label}</text>')
+        parts.append(_text(158 + length, y + 14, html.escape(human(value, unit)), 11))
     return _svg(parts, height)
 
 
@@ -90,17 +91,20 @@ def _axis(x_of: _scale, y_of: _scale, x_title: str, y_title: str, x_unit: str, y
     for value in ticks(x_of.low, x_of.high):
         x = x_of(value)
         parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{floor}" stroke="{GRID}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{floor + 16}" text-anchor="middle" font-size="10" fill="{INK}">{human(value, x_unit)}</text>')
+        parts.append(_text(x, floor + 16, human(value, x_unit), 10, "middle"))
     for value in ticks(y_of.low, y_of.high):
         y = y_of(value)
         parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="{GRID}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3:.1f}" text-anchor="end" font-size="10" fill="{INK}">{human(value, y_unit)}</text>')
+        parts.append(_text(LEFT - 6, y + 3, human(value, y_unit), 10, "end"))
     middle = (TOP + floor) / 2
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle" font-size="12" fill="{INK}">{x_title}</text>')
-    parts.append(
-        f'<text x="14" y="{middle}" text-anchor="middle" font-size="12" fill="{INK}" transform="rotate(-90 14 {middle})">{y_title}</text>'
-    )
+    parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 8, x_title, 12, "middle"))
+    parts.append(f'<g transform="rotate(-90 14 {middle})">{_text(14, middle, y_title, 12, "middle")}</g>')
     return parts
+
+
+def _text(x: float, y: float, content: str, size: int, anchor: str = "start") -> str:
+    """A label; `content` is escaped already."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{INK}">{content}</text>'
 
 
 def _svg(parts: Sequence[str], height: int = HEIGHT) -> str:

@@ -20,14 +20,17 @@ TITLES = {
     "train_rows": "training rows",
 }
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #e5e7eb }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #e5e7eb }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } th.n { text-align: right }
-.plots { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem } figure { margin: 0 } figcaption { color: #6b7280; font-size: .85rem }
+.plots { display: flex; flex-wrap: wrap; gap: 1.5rem 2rem }
+figure { margin: 0 } figcaption { color: #6b7280; font-size: .85rem }
 .better { color: #0f766e } .worse { color: #b45309 } .quiet { color: #6b7280 }
-pre { background: #f9fafb; border: 1px solid #e5e7eb; padding: .8rem; white-space: pre-wrap; font-size: .82rem }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
+pre { background: #f9fafb; border: 1px solid #e5e7eb; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .82rem }
+.pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem }
 """
 LOWER_IS_BETTER = {"perplexity", "bytes", "peak_memory", "train_rows"}
 
@@ -62,7 +65,8 @@ def write_report(file: Path, name: str, metrics: dict[str, Any], start: dict[str
 def _table(steps: list[dict[str, Any]], start: dict[str, float]) -> str:
     names = [n for n in TITLES if n in start]
     head = "".join(f'<th class="n">{TITLES[n]}</th>' for n in names)
-    rows = ["<tr><td>start</td><td></td>" + "".join(f'<td class="n">{human(start[n], UNITS.get(n, ""))}</td>' for n in names) + "</tr>"]
+    first = "".join(f'<td class="n">{human(start[n], UNITS.get(n, ""))}</td>' for n in names)
+    rows = [f"<tr><td>start</td><td></td>{first}</tr>"]
     for step in steps:
         cells = "".join(_cell(n, step["before"].get(n), step["after"][n]) for n in names)
         rows.append(f'<tr><td>{html.escape(step["name"])}</td><td class="n">{step["seconds"]:.1f} s</td>{cells}</tr>')
@@ -82,11 +86,12 @@ def _plots(steps: list[dict[str, Any]], start: dict[str, float]) -> list[str]:
     figures = []
     if {"perplexity", "bytes"} <= set(start):
         points = [(n, f["bytes"], f["perplexity"]) for n, f in states]
-        figures.append(_figure(path_plot(points, "size of the model", "perplexity", "bytes"), "Quality against size: lower left is better."))
+        plot = path_plot(points, "size of the model", "perplexity", "bytes")
+        figures.append(_figure(plot, "Quality against size: lower left is better."))
     for name in ("tokens_per_second", "peak_memory", "train_rows"):
-        if name in start:
-            title = TITLES[name]
-            figures.append(_figure(bar_plot([(n, f[name]) for n, f in states], title, UNITS.get(name, "")), _CAPTIONS[name]))
+        if name in start and len({f[name] for _, f in states}) > 1:
+            plot = bar_plot([(n, f[name]) for n, f in states], TITLES[name], UNITS.get(name, ""))
+            figures.append(_figure(plot, _CAPTIONS[name]))
     return figures
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -15,7 +15,8 @@ from grainwise.catalog import Card, Option, cards
 from grainwise.catalog.reading import OPTION_TYPES, STEP_KINDS
 from grainwise.naming import did_you_mean
 
-MEASURES = ("perplexity", "bytes", "peak_memory", "tokens_per_second")
+Measure = Literal["perplexity", "bytes", "peak_memory", "tokens_per_second"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 EMBEDDED = Path(__file__).parent / "embedded.yaml"
 
 
@@ -42,7 +43,7 @@ class Recipe(_Strict):
     model: str
     data: Data
     steps: Annotated[list[dict[str, dict[str, Any]]], Field(min_length=1)]
-    measure: list[Literal["perplexity", "bytes", "peak_memory", "tokens_per_second"]] = list(MEASURES)
+    measure: list[Measure] = list(MEASURES)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: Annotated[int, Field(ge=0)] = 0
     measure_tokens: Annotated[int, Field(ge=256)] = 16384
@@ -104,7 +105,7 @@ def parse(text: str, source: str = "recipe", *, name: str = "recipe") -> Plan:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(value, dict):
+    if tree is None or not isinstance(value, dict):
         raise RecipeError(f"{source}: a recipe is a mapping with model, data and steps, got {type(value).__name__}")
     checker = _Checker(source, tree)
     recipe = checker.model(Recipe, value, ())

@@ -49,7 +49,8 @@ def check(names: list[str], console: Console) -> None:
             if not isinstance(value, float):
                 continue
             close = abs(value - recorded[key]) <= TOLERANCE * abs(recorded[key])
-            console.print(f"{name} {key}: recorded {recorded[key]}, now {value} {'ok' if close else 'DIFFERS'}", highlight=False)
+            verdict = "ok" if close else "DIFFERS"
+            console.print(f"{name} {key}: recorded {recorded[key]}, now {value} {verdict}", highlight=False)
             if not close:
                 wrong.append(f"{name} {key}")
     if wrong:

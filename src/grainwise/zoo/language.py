@@ -144,7 +144,9 @@ def train(
     return metrics
 
 
-def ngram_baseline(tokenizer: PreTrainedTokenizerFast, standard: list[str], libraries: list[str], order: int = 5) -> dict[str, float]:
+def ngram_baseline(
+    tokenizer: PreTrainedTokenizerFast, standard: list[str], libraries: list[str], order: int = 5
+) -> dict[str, float]:
     """Bits per byte of a Kneser-Ney `order`-gram over the same tokens on the pydoc test split.
 
     The better of two: trained on all the training text, and on the standard library's part alone.

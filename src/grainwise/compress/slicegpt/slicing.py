@@ -255,8 +255,8 @@ def _empty_like(model: PreTrainedModel, widths: list[int]) -> Any:
     with torch.device("meta"):
         sliced = kind(_opt_config(source, slicing) if opt else _llama_config(model, slicing))
     sliced = sliced.to(model.dtype).to_empty(device=model.device)
-    if not opt:  # its buffers are computed, not stored, and are the source's
-        sliced.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    if not opt:  # its buffers are computed, not stored; computed anew, they are those of the reloaded model
+        sliced.model.rotary_emb = type(sliced.model.rotary_emb)(config=sliced.config).to(model.device)
     sliced.generation_config = copy.deepcopy(model.generation_config)
     sliced.set_attn_implementation(source._attn_implementation)
     return sliced.train(model.training)
