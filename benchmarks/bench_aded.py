@@ -22,7 +22,7 @@ BUDGETS = (8, 16, 24, 32, 64)
 BUDGET = {
     torch.float32: 16,
     torch.bfloat16: 24,
-}  # drafted nodes: about where computing begins to cost more than reading weights
+}  # drafted nodes: where computing begins to outweigh reading weights
 DEPTH = 8
 
 
@@ -46,8 +46,8 @@ def run(runs: int) -> Benchmark:
             spread |= {f"{name}, {n}": round(t.spread, 3) for n, t in times.items()}
         settings[-3].extra = dict(settings[-3].extra) | {"tokens per second by budget": budgets(model, table, tokenizer)}
     note = (
-        f"ours drafts at most {BUDGET[torch.float32]} nodes in float32 and {BUDGET[torch.bfloat16]} in bfloat16, depth {DEPTH}; "
-        f"mean over kinds: {mean_ratio(settings, None):.2f}x plain, {mean_ratio(settings, 'prompt look-up'):.2f}x prompt look-up"
+        f"ours drafts at most {BUDGET[torch.float32]} nodes in float32 and {BUDGET[torch.bfloat16]} in bfloat16; mean over "
+        f"kinds: {mean_ratio(settings, None):.2f}x plain, {mean_ratio(settings, 'prompt look-up'):.2f}x prompt look-up"
     )
     return Benchmark("aded", "tokens/s", settings, runs, lower_is_better=False, spread=spread, note=note)
 

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 REGISTRATIONS: dict[str, tuple[str, ...]] = {
-    "peft": ("grainwise.adapt.registration:register",),
+    "peft": ("grainwise.adapt.registration:register", "grainwise.compress.quantizer:refuse_merging"),
     "transformers.quantizers.auto": ("grainwise.compress.quantizer:register",),
     "transformers.models.auto.configuration_auto": ("grainwise.compress.slicegpt:register",),
     "transformers.models.auto.modeling_auto": ("grainwise.compress.slicegpt:register",),

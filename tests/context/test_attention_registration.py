@@ -102,6 +102,14 @@ def test_unpatching_restores_the_exact_model(llama, ids):
         unpatch_attention(llama)
 
 
+def test_it_works_under_autocast(llama, ids):
+    with torch.autocast("cpu", torch.bfloat16):
+        exact = llama(ids).logits.float()
+        patch_attention(llama, layers=[1], **EVERYTHING)
+        found = llama(ids).logits.float()
+    torch.testing.assert_close(found, exact, atol=0.02, rtol=0.05)
+
+
 @torch.enable_grad()
 def test_gradients_agree_under_gradient_checkpointing(llama, ids):
     patch_attention(llama, **FEW)
@@ -154,7 +162,7 @@ def test_dropout_is_refused_where_it_would_be_ignored(llama, ids):
         layer.self_attn.attention_dropout = 0.1
     patch_attention(llama, layers=[0], **FEW)
     llama.train()
-    with pytest.raises(ValueError, match="dropout 0.1 is not supported"):
+    with pytest.raises(ValueError, match=r"attention dropout 0\.1 is not supported"):
         llama(ids)
 
 
@@ -201,3 +209,5 @@ def test_the_recipe_step_switches_and_measures(llama, tmp_path):
     assert llama.config._attn_implementation == "hyper"
     with pytest.raises(ValueError, match="must exceed min_seq_len"):
         recipe_step(state, min_seq_len=512, length=512)
+    with pytest.raises(ValueError, match="exceeds the model's window of 512"):
+        recipe_step(state, min_seq_len=512, length=513)

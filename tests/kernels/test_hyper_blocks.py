@@ -20,8 +20,9 @@ for dim, counts, biased, causal in ((16, (20, 0, 5), True, False), (12, (1, 33),
     q, k, v = (torch.randn(n, dim, generator=g) for n in (sum(counts), 50, 50))
     rows = torch.randint(50, (len(counts), 21), generator=g)
     bias = torch.randn(21, generator=g) if biased else None
-    both = [f(q, k, v, bounds, rows, bias, scale=0.3, causal=causal) for f in (hb.segment_attention, hb.segment_attention_reference)]
-    torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
+    found = hb.segment_attention(q, k, v, bounds, rows, bias, scale=0.3, causal=causal)
+    wanted = hb.segment_attention_reference(q, k, v, bounds, rows, bias, scale=0.3, causal=causal)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 q, k, v = torch.randn(2, 4, 19, 16, generator=g), torch.randn(2, 2, 19, 16, generator=g), torch.randn(2, 2, 19, 16, generator=g)
 out, _ = hb.whole_attention(q, k, v, scale=0.25, causal=True)
 wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)

@@ -243,7 +243,7 @@ def start_state(model: PeftModel, adapter_name: str | None = None) -> dict[str, 
     """
     adapter = adapter_name or model.active_adapters[0]
     found = {}
-    for name, layer in adapter_layers(model, AdapterLayer):
+    for name, layer in adapter_layers(model, AdapterLayer):  # type: ignore[type-abstract]
         if adapter in layer.configs:
             config = layer.configs[adapter]
             for parameter, start in layer.init(config, start_generator(config.seed, name)).items():

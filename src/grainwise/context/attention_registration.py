@@ -134,9 +134,13 @@ def _forward_of(kind: str) -> Callable[..., tuple[Tensor, None]]:
         if attention_mask is not None:
             key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
         options = setting.get("options", {}) if chosen else {"min_seq_len": query.shape[2]}
-        out = KINDS[kind if chosen else "hyper"].attend(
-            query, key, value, scale=scaling, causal=causal, key_padding=attention_mask, layer=layer, options=options
-        )
+        device = query.device.type
+        if torch.is_autocast_enabled(device):  # rotary positions leave queries and keys wider than values
+            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        with torch.autocast(device, enabled=False):
+            out = KINDS[kind if chosen else "hyper"].attend(
+                query, key, value, scale=scaling, causal=causal, key_padding=attention_mask, layer=layer, options=options
+            )
         return out.transpose(1, 2).contiguous(), None
 
     return forward

@@ -36,6 +36,8 @@ NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512bf
 ROWS, PANEL = 6, 4  # the register tile of `gemm`: 6 weight rows by 4 vectors of 16 rows of x: 24 of the 32 registers
 TILE_ROWS, TILE_K = 192, 512  # decoded weights held at a time: 192 KiB of bf16, inside a 1 MiB second-level cache
 GEMV_ROWS = 4  # rows of x that share one decode in `gemv`
+SHARED = 8  # partial sums of `gemv`: weight rows that share the loads of x, times rows of x
+AHEAD = 4096  # bytes of codes that `gemv` asks for in advance
 
 
 class BFloat(ir.Type):  # type: ignore[misc]
@@ -95,6 +97,11 @@ class Code:
 
     def store(self, value: ir.Value, base: ir.Value, offset: ir.Value) -> None:
         self.b.store(value, self.at(base, offset), align=1)
+
+    def prefetch(self, base: ir.Value, offset: ir.Value) -> None:
+        """A hint to fetch this cache line for reading; any address is allowed."""
+        flags = [ir.Constant(I32, value) for value in (0, 3, 1)]
+        self.intrinsic("llvm.prefetch.p0", ir.VoidType(), self.at(base, offset), *flags)
 
     def variable(self, value: ir.Value) -> ir.Value:
         """A mutable slot in the function's entry block (LLVM turns it into a register)."""
@@ -275,7 +282,7 @@ def build_gemv(module: ir.Module, rows: int, block: int, nested: bool, bf16: boo
     """y[i, n] = sum over k of x[i, k] w[n, k] for `rows` rows i; x (rows, k) bf16 or float32, y float32 (rows, out)."""
     c, w, extra, first, last, thread = _kernel(module, "kernel", block, nested)
     x, y, out = c.b.inttoptr(extra(0), PTR), c.b.inttoptr(extra(1), PTR), extra(2)
-    size, together = (2 if bf16 else 4), max(1, GEMV_ROWS // rows)  # bytes of a number; weight rows that share the loads of x
+    size, together = (2 if bf16 else 4), SHARED // rows  # bytes of a number; weight rows that share the loads of x
     whole, padded = c.b.and_(w.k, c.i(-128)), c.b.and_(c.b.add(w.k, c.i(127)), c.i(-128))
     room = c.at(c.b.inttoptr(extra(3), PTR), c.b.mul(thread, extra(4)))
     _reorder(c, x, room, rows, w.k, whole, padded, size)
@@ -306,6 +313,8 @@ def build_gemv(module: ir.Module, rows: int, block: int, nested: bool, bf16: boo
         codes = [c.at(w.packed, c.b.lshr(c.b.mul(r, w.k), c.i(1))) for r in row]
         totals = [[c.variable(zero) for _ in range(rows)] for _ in row]
         with c.loop(c.i(0), whole, 128) as at:
+            for code in codes:
+                c.prefetch(code, c.b.add(c.b.lshr(at, c.i(1)), c.i(AHEAD)))
             chunk([c.load(V32H, code, c.b.lshr(at, c.i(1))) for code in codes], at, scales, totals, 128)
         with c.b.if_then(c.b.icmp_signed("<", whole, w.k)):  # 64 weights remain; x is zero beyond them
             half = [c.load(ir.VectorType(I16, 16), code, c.b.lshr(whole, c.i(1))) for code in codes]
@@ -601,7 +610,7 @@ def few_rows(x: Tensor, weight: BlockMatrix) -> Tensor:
     arguments, _alive = _packed(weight)
     y = torch.empty(rows, out)
     padded = -(-k // 128) * 128
-    room, size = _room(padded * x.element_size() * rows + (k // weight.block * GEMV_ROWS + 128) * 4)
+    room, size = _room(padded * x.element_size() * rows + (k // weight.block * SHARED + 128) * 4)
     kind = "gemv" if x.dtype == torch.bfloat16 else "gemv32"
     kernel = machine(kind, weight.block, weight.nested, rows)
     kernel(out, 16, *arguments, x.data_ptr(), y.data_ptr(), out, room.data_ptr(), size)

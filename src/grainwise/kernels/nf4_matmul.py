@@ -116,8 +116,10 @@ def matmul(x: Tensor, weight: BlockMatrix, *, kernel: str | None = None) -> Tens
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, the matrix (out, in) = {weight.shape} needs {weight.shape[1]}")
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
     chosen = _choose(weight, kernel)
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     if chosen == "avx512" and x.dtype in (torch.float32, torch.bfloat16):
         y = _matmul_avx512(rows, weight)
     elif chosen == "triton":

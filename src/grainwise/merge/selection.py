@@ -122,7 +122,7 @@ def select(delta: Update, density: float) -> Selection:
     return Selection(
         count=count,
         threshold=threshold,
-        quota=_quota(delta, threshold, ties) if ties < equal else None,
+        quota=_quota(delta, threshold, ties) if threshold and ties < equal else None,  # zeros are never chosen
         nonzeros=count - (ties if threshold == 0 else 0),
         mean=total / count,
         sigma=sigma,

@@ -1,10 +1,12 @@
 """ADED's claim on a small machine: an adapting tri-gram table drafts more tokens per target forward than prompt look-up.
 
-The target continues prompts of 64 tokens by 128 greedy tokens. The table is counted from other documents of the prompts'
-corpus; "shifted" figures use a table of the wrong domain instead, counted from program code without its documentation.
-Plain decoding, ADED and prompt look-up really run, the latter two through the same tree verifier with the same node budget.
-The ablations are replayed on the text that plain decoding gave: greedy acceptance depends on that text and the drafts
-alone, and the replays of ADED and prompt look-up must agree with their real runs.
+The target continues prompts of 64 tokens by 128 tokens, drawn at temperature 0.7 and top-p 0.8, and greedily. The table is
+counted from other documents of the prompts' corpus; "shifted" figures use a table of the wrong domain instead, counted
+from program code without its documentation. All drafters have the same budget of nodes and the same verifier.
+
+Which drafts are accepted depends on the drafts and on the text that plain decoding gives, on nothing else. So the text is
+made once and every drafter is replayed on it; some prompts are really decoded as well, by plain decoding, ADED and prompt
+look-up under one seed, and must give the same text and the counts of their replays.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ from grainwise.decode.token_tree import Integers, TokenTree
 from grainwise.proofs.frame import Proof
 
 BUDGET = 64
-PROMPT, NEW = 64, 128
+PROMPTS, PROMPT, NEW = 30, 64, 128  # prompts, tokens of each, new tokens
+CHECKED = 5  # prompts that are really decoded
+SAMPLED = {"do_sample": True, "temperature": 0.7, "top_p": 0.8}
+GREEDY = {"do_sample": False}
+DEPTH = 10
+TUNED = {"depth": DEPTH, "paths": 40, "iterations": 300, "increment": 0.1}  # on other seeds than those of the record
 CODE_PACKAGES = ("asyncio", "concurrent", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml")
-DEPTH = 8
 
 
 @dataclass
@@ -42,7 +48,7 @@ class PromptLookupDrafter:
     """
 
     budget: int = BUDGET
-    length: int = 10
+    length: int = 20
     ngram: int = 2
     copies: int = BUDGET
 
@@ -101,7 +107,7 @@ class BeamDrafter:
 
 
 def replay(drafter: Drafter, text: Integers, start: int) -> list[int]:
-    """Tokens that each verification would emit if greedy decoding gives `text`; the token at `start` is there already."""
+    """Tokens that each verification emits if plain decoding gives `text`; the token at `start` comes with the prompt."""
     emitted = []
     end = start + 1
     while end < len(text):
@@ -114,25 +120,19 @@ def replay(drafter: Drafter, text: Integers, start: int) -> list[int]:
     return emitted
 
 
-def prompts(source: str, tokenizer: Any, count: int, seed: int) -> Tensor:
+def prompts(tokenizer: Any, count: int, seed: int) -> Tensor:
     """`count` prompts (count, PROMPT) from the test split, chosen by `seed`."""
     from grainwise.data import blocks, load
 
-    pool = blocks(load(source, "test"), tokenizer, PROMPT)
+    pool = blocks(load("pydoc", "test"), tokenizer, PROMPT)
     return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
-    """NEW greedy tokens for each row; the end-of-text token does not stop it, so that all runs are equally long."""
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=1,
-        **options,
-    )
+def generate(model: PreTrainedModel, ids: Tensor, seed: int, **options: Any) -> Tensor:
+    """NEW more tokens for each row; the end-of-text token does not stop it, so that all texts are equally long."""
+    torch.manual_seed(seed)
+    fixed = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 1}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **fixed, **options)
 
 
 def mean(runs: list[list[int]]) -> float:
@@ -165,60 +165,89 @@ def substrate(smoke: bool) -> tuple[PreTrainedModel, Any, TrigramTable, TrigramT
     return model, tokenizer, table, TrigramTable.from_rows(({"text": t} for t in code), tokenizer)
 
 
-def really(model: PreTrainedModel, drafter: Drafter, ids: Tensor, texts: Tensor) -> tuple[list[list[int]], bool, float, float]:
-    """Decode every prompt: (emitted tokens, whether all texts are `texts`, milliseconds of drafting and of the target)."""
-    decoder = TreeDecoder(drafter)
-    runs, identical, draft, target = [], True, 0.0, 0.0
-    for prompt, text in zip(ids, texts):
-        identical &= torch.equal(generate(model, prompt[None], custom_generate=decoder)[0], text)
-        runs.append(decoder.record.emitted)
-        draft += decoder.record.draft_seconds
-        target += decoder.record.target_seconds
-    forwards = sum(map(len, runs))
-    return runs, identical, 1e3 * draft / forwards, 1e3 * target / forwards
+@dataclass
+class Check:
+    """Whether real decoding gave plain decoding's text and its replay's counts; milliseconds of drafting and verifying."""
+
+    identical: bool = True
+    agrees: bool = True
+    draft_ms: float = 0.0
+    target_ms: float = 0.0
+
+
+def check(model: PreTrainedModel, drafter: Drafter, table: TrigramTable, texts: Tensor, seed: int, **options: Any) -> Check:
+    """Decode the prompts of `texts` (count, PROMPT + NEW), which plain decoding made under the same seed."""
+    decoder, found = TreeDecoder(drafter), Check()
+    counts = []
+    table.reset()
+    for text in texts:
+        got = generate(model, text[None, :PROMPT], seed, custom_generate=decoder, **options)[0]
+        found.identical &= torch.equal(got, text)
+        counts.append(decoder.record.emitted)
+        found.draft_ms += 1e3 * decoder.record.draft_seconds
+        found.target_ms += 1e3 * decoder.record.target_seconds
+    table.reset()
+    found.agrees = counts == [replay(drafter, text, PROMPT) for text in texts.numpy()]
+    found.draft_ms /= sum(map(len, counts))
+    found.target_ms /= sum(map(len, counts))
+    return found
 
 
 def run(seed: int, smoke: bool) -> dict[str, Any]:
-    """One choice of prompts and one seed of the search."""
+    """One choice of prompts and one seed of sampling and search."""
     model, tokenizer, table, wrong = substrate(smoke)
-    ids = prompts("pydoc", tokenizer, 2 if smoke else 30, seed)
-    texts = generate(model, ids)
+    ids = prompts(tokenizer, 4 if smoke else PROMPTS, seed)
 
-    def replays(drafter: Drafter) -> list[list[int]]:
+    def adaptive(use: TrigramTable = table, **changed: Any) -> MCTSDrafter:
+        return MCTSDrafter(use, **{"budget": BUDGET, "seed": seed, **TUNED, **changed})
+
+    def replays(drafter: Drafter, texts: Tensor) -> list[list[int]]:
         table.reset()
         wrong.reset()
         return [replay(drafter, text, PROMPT) for text in texts.numpy()]
 
-    def adaptive(use: TrigramTable, **changed: Any) -> MCTSDrafter:
-        return MCTSDrafter(use, **{"budget": BUDGET, "depth": DEPTH, "seed": seed, **changed})
-
-    table.reset()
-    ours, ours_same, draft_ms, target_ms = really(model, adaptive(table), ids, texts)
-    lookup, lookup_same, _, _ = really(model, PromptLookupDrafter(), ids, texts)
-    half = len(ours) // 2
-    return {
-        "baseline": mean(lookup),
+    texts, greedy = generate(model, ids, seed, **SAMPLED), generate(model, ids, seed, **GREEDY)
+    ours, frozen = replays(adaptive(), texts), replays(adaptive(increment=0.0), texts)
+    half = len(ids) // 2
+    figures: dict[str, Any] = {
+        "baseline": mean(replays(PromptLookupDrafter(), texts)),
         "ours": mean(ours),
-        "identical": ours_same and lookup_same,
-        "replays_agree": ours == replays(adaptive(table)) and lookup == replays(PromptLookupDrafter()),
-        "lookup_single_copy": mean(replays(PromptLookupDrafter(copies=1))),
-        "frozen_mcts": mean(replays(adaptive(table, increment=0.0))),
-        "frozen_beam": mean(replays(BeamDrafter(table, DEPTH))),
-        "default_depth_4": mean(replays(adaptive(table, depth=4))),
-        "empty_table": mean(replays(adaptive(TrigramTable.empty(table.vocab_size)))),
-        "shifted_adaptive": mean(replays(adaptive(wrong))),
-        "shifted_frozen_mcts": mean(replays(adaptive(wrong, increment=0.0))),
-        "shifted_frozen_beam": mean(replays(BeamDrafter(wrong, DEPTH))),
+        "paper_settings": mean(replays(MCTSDrafter(table, budget=BUDGET, seed=seed), texts)),
+        "lookup_single_copy_of_10": mean(replays(PromptLookupDrafter(copies=1, length=10), texts)),
+        "frozen_mcts": mean(frozen),
+        "frozen_beam": mean(replays(BeamDrafter(table, DEPTH), texts)),
+        "empty_table_adaptive": mean(replays(adaptive(TrigramTable.empty(table.vocab_size)), texts)),
+        "shifted_adaptive": mean(replays(adaptive(wrong), texts)),
+        "shifted_frozen_mcts": mean(replays(adaptive(wrong, increment=0.0), texts)),
+        "shifted_frozen_beam": mean(replays(BeamDrafter(wrong, DEPTH), texts)),
         "second_half_over_first": mean(ours[half:]) / mean(ours[:half]),
-        "draft_ms": draft_ms,
-        "target_ms": target_ms,
+        "second_half_over_first_frozen": mean(frozen[half:]) / mean(frozen[:half]),
+        "greedy_ours": mean(replays(adaptive(), greedy)),
+        "greedy_lookup": mean(replays(PromptLookupDrafter(), greedy)),
+        "greedy_lookup_single_copy_of_10": mean(replays(PromptLookupDrafter(copies=1, length=10), greedy)),
+        "greedy_frozen_mcts": mean(replays(adaptive(increment=0.0), greedy)),
+    }
+    return figures | checked(model, adaptive(), table, ids[: 2 if smoke else CHECKED], seed)
+
+
+def checked(model: PreTrainedModel, drafter: MCTSDrafter, table: TrigramTable, ids: Tensor, seed: int) -> dict[str, Any]:
+    """Real decoding of a few prompts, sampled and greedy, by plain decoding, ADED and prompt look-up."""
+    found = []
+    for options in (SAMPLED, GREEDY):
+        plain = torch.cat([generate(model, prompt[None], seed, **options) for prompt in ids])
+        found += [check(model, d, table, plain, seed, **options) for d in (drafter, PromptLookupDrafter())]
+    return {
+        "identical": all(c.identical for c in found),
+        "replays_agree": all(c.agrees for c in found),
+        "draft_ms": found[0].draft_ms,
+        "target_ms": found[0].target_ms,
     }
 
 
 def conditions(rows: list[dict[str, Any]]) -> dict[str, bool]:
     """What else must hold on every seed."""
     return {
-        "output identical to plain decoding": all(r["identical"] for r in rows),
+        "output identical to plain decoding, greedy and sampled": all(r["identical"] for r in rows),
         "replays agree with real runs": all(r["replays_agree"] for r in rows),
         "at least 0.15 tokens per forward more than prompt look-up": all(r["ours"] - r["baseline"] >= 0.15 for r in rows),
         "shifted domain: at least 10% more than frozen": all(
@@ -230,12 +259,13 @@ def conditions(rows: list[dict[str, Any]]) -> dict[str, bool]:
 PROOF = Proof(
     system="aded",
     claim="a tri-gram table that adapts while decoding drafts more accepted tokens per target forward than prompt look-up, "
-    "with unchanged greedy output",
-    substrate="zoo/llama-mini on pydoc test prompts (64 tokens, 128 new), table from the pydoc train split",
-    baseline="prompt look-up with the same budget of 64 nodes and the same verifier",
+    "with the output of plain decoding",
+    substrate="zoo/llama-mini on 30 pydoc test prompts (64 tokens, 128 new at temperature 0.7, top-p 0.8), "
+    "table from the pydoc train split",
+    baseline="prompt look-up that fills the same budget of 64 nodes with copies, same verifier",
     metric="tokens per target forward",
     higher_is_better=True,
-    margin=0.02,
+    margin=0.05,
     modules=(
         "grainwise.decode.aded",
         "grainwise.decode.acceptance",
@@ -245,4 +275,6 @@ PROOF = Proof(
     ),
     run=run,
     conditions=conditions,
+    note="Greedy text of a model of this size soon falls into loops of a few tokens, where copying twenty tokens at a time is "
+    "all that is needed; the greedy_ figures record it beside the sampled text that the claim is measured on.",
 )

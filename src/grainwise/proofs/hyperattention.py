@@ -18,7 +18,10 @@ from grainwise.context.hyperattention.theory import own_block
 from grainwise.proofs.frame import Proof
 
 INSIDE = ((512, 7.0), (256, 6.0))  # (clusters, logit of the own cluster): small, tight clusters with about half of the mass
-OUTSIDE = ((8, 1.0), (512, 10.0))  # few clusters with little mass each: sampling's ground; nearly all mass in one: blocks' ground
+OUTSIDE = (
+    (8, 1.0),
+    (512, 10.0),
+)  # few clusters with little mass each: sampling's ground; nearly all mass in one: blocks' ground
 
 
 def clustered(clusters: int, logit: float, n: int, seed: int, heads: int = 2, dim: int = 64) -> list[Tensor]:
@@ -50,7 +53,7 @@ def estimate_errors(clusters: int, logit: float, n: int, keys: int, seed: int) -
     q, k, v = clustered(clusters, logit, n, seed)
     g = torch.Generator().manual_seed(seed)
     exact = functional.scaled_dot_product_attention(q, k, v)
-    half = {"block": keys // 2, "samples": keys // 2}
+    half: dict[str, Any] = {"block": keys // 2, "samples": keys // 2}
     hyper = hyper_attention(q, k, v, **half, min_seq_len=keys, generator=g, return_lse=False)
     drawn = torch.randperm(n, generator=g)[:keys]
     uniform = functional.scaled_dot_product_attention(q, k[:, :, drawn], v[:, :, drawn])
@@ -85,7 +88,7 @@ def perplexities(seed: int, smoke: bool) -> dict[str, float]:
     texts = blocks(load("pydoc", "test"), tokenizer, length)
     texts = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:count]]
     layers = model.config.num_hidden_layers
-    budget = {"block": 64, "samples": 64, "min_seq_len": 256, "seed": 1000 * seed}
+    budget: dict[str, Any] = {"block": 64, "samples": 64, "min_seq_len": 256, "seed": 1000 * seed}
     found = {"ppl_0": perplexity(model, texts, batch_size=1)}
     for replaced in range(layers // 3 or 1, layers + 1, layers // 3 or 1):
         patch_attention(model, layers=f"last:{replaced}", **budget)
@@ -99,7 +102,7 @@ def perplexities(seed: int, smoke: bool) -> dict[str, float]:
 @torch.no_grad()
 def run(seed: int, smoke: bool) -> dict[str, Any]:
     """Mean error inside the envelope of ours and of the better of the other two; the errors outside; perplexities."""
-    n, keys, shrink = (1024, 64, 8) if smoke else (8192, 512, 1)
+    n, keys, shrink = (2048, 128, 4) if smoke else (8192, 512, 1)
     inside = [estimate_errors(c // shrink, logit, n, keys, seed) for c, logit in INSIDE]
     row: dict[str, Any] = {
         "ours": sum(e["hyper"] for e in inside) / len(inside),
@@ -127,7 +130,7 @@ def conditions(rows: list[dict[str, Any]]) -> dict[str, bool]:
 
 PROOF = Proof(
     system="hyperattention",
-    claim="At 512 keys per query of 8,192, half by sorted block and half by sample, the error is at least 20% below blocks or samples alone",
+    claim="At 512 keys per query of 8,192, sorted blocks plus samples err at least 20% less than either alone",
     substrate="clustered queries and keys, 2 heads, dimension 64; perplexity on zoo/llama-mini and pydoc text at 2,048 tokens",
     baseline="the better of 512 uniform samples and sorted blocks of 512",
     metric="error relative to the row-to-row variation of exact attention",

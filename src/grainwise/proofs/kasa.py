@@ -213,7 +213,7 @@ def conditions(rows: list[dict[str, Any]]) -> dict[str, bool]:
 PROOF = Proof(
     system="kasa",
     claim="learns a new task as well as LoRA of the same rank and keeps more of what the model knew",
-    substrate="a 3-layer Llama (d = 64) pre-trained on 160 facts with 10% wrong answers and four string rules; adapted to a fifth",
+    substrate="a 3-layer Llama (d = 64) pre-trained on 160 facts (10% of the answers wrong) and four string rules",
     baseline="LoRA: same rank, layers, scale, data, steps and grid of learning rates",
     metric="accuracy on old facts and old rules after adapting, at the rate with the lowest validation loss on the new rule",
     higher_is_better=True,

@@ -1,18 +1,17 @@
 """kMQ's claim on a small machine: at equal budget and equal steps, clusters and quality beat random choice.
 
-The pool holds instructions in 32 latent skills with a long-tailed size distribution. A skill is an operation on four
-symbols (a rearrangement, or a shift of each symbol) that the base model knows under an internal name from pre-training;
-the instructions name it by words it has never seen, so fine-tuning has to show which words mean which operation. Some
-skills are full of junk: wrong answers, shuffled answers, copies of one row; two groups of prompts have nothing but noise.
-Skills and junk are known to the measurement only. The judge that gives quality and reward is a copy of the base model
-fine-tuned on a few clean held-out examples of each skill.
+The pool holds instructions in 25 latent skills with a long-tailed size distribution. A skill picks two of five symbols;
+the base model knows all of them from pre-training under internal names (`op7`), but the instructions name them by words it
+has never seen, so fine-tuning has to show which words mean which skill. Some skills are full of junk (wrong answers,
+shuffled answers, copies of one row), and two groups of prompts have nothing but noise. Skills and junk are known to the
+measurement only. The judge that gives quality and reward is a copy of the base model fine-tuned on a few clean held-out
+examples of each skill.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +30,11 @@ from grainwise.select.text_encoder import TransformerEncoder
 from grainwise.training import train_lm
 
 SYMBOLS = [chr(ord("a") + i) for i in range(16)]
-FILLERS = ["please", "now", "kindly", "just", "do", "the", "a_bit", "then"]
-REARRANGEMENTS = list(itertools.permutations(range(4)))[1:21]
-SHIFTS = list(range(1, 13))
-OPERATIONS = [*(("rearrange", p) for p in REARRANGEMENTS), *(("shift", s) for s in SHIFTS)]
-SKILLS = len(OPERATIONS)
+GIVEN = 5  # symbols in a prompt
+PICKS = np.array([(i, j) for i in range(GIVEN) for j in range(GIVEN)])  # (skill, 2): which symbols a skill picks
+SKILLS = len(PICKS)
 NOISE_GROUPS = 2  # groups of prompts whose answers are random
+FILLERS = ["please", "now", "kindly", "just", "do", "the", "quickly", "then"]
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|unknown|>")
 
 
@@ -44,20 +42,20 @@ SPECIALS = ("<|endoftext|>", "<|pad|>", "<|unknown|>")
 class Scale:
     """Sizes of the experiment."""
 
-    pool: int = 4000
-    budget: int = 200
-    pretraining_steps: int = 1500
+    pool: int = 3000
+    budget: int = 150
+    pretraining_steps: int = 500
     epochs: int = 10
-    test_per_skill: int = 12
-    judge_per_skill: int = 12
-    k: int = 48
+    test_per_skill: int = 20
+    judge_per_skill: int = 8
+    k: int = 32
     rounds: int = 3
-    restarts: int = 2  # trainings of each arm, with different selection and training seeds, averaged
+    restarts: int = 2  # runs of each arm on one pool, with different selection and training seeds, averaged
 
 
 FULL = Scale()
-SMOKE = Scale(pool=400, budget=64, pretraining_steps=3, epochs=1, test_per_skill=1, judge_per_skill=2, k=16, restarts=1)
-LEARNING_RATE = 1e-3
+SMOKE = Scale(pool=300, budget=40, pretraining_steps=3, epochs=1, test_per_skill=1, judge_per_skill=1, k=8, restarts=1)
+LEARNING_RATE = 2e-3
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -79,11 +77,8 @@ def names_of(group: int) -> tuple[str, str]:
 
 
 def answer(skill: int, symbols: list[int]) -> list[int]:
-    """What the operation makes of four symbols."""
-    kind, how = OPERATIONS[skill]
-    if kind == "rearrange":
-        return [symbols[i] for i in how]
-    return [(s + how) % len(SYMBOLS) for s in symbols]
+    """The two symbols that the skill picks."""
+    return [symbols[i] for i in PICKS[skill]]
 
 
 def spoken(symbols: list[int]) -> str:
@@ -91,14 +86,14 @@ def spoken(symbols: list[int]) -> str:
 
 
 def instruction(group: int, symbols: list[int], rng: np.random.Generator) -> str:
-    """A request in words, with fillers, about four symbols."""
+    """A request in words, with fillers, about five symbols."""
     verb, noun = names_of(group)
     first, second = rng.choice(FILLERS, 2)
     return f"{first} {verb} {second} {noun} {spoken(symbols)} :"
 
 
 def clean_row(skill: int, rng: np.random.Generator) -> dict[str, Any]:
-    symbols = rng.integers(len(SYMBOLS), size=4).tolist()
+    symbols = rng.integers(len(SYMBOLS), size=GIVEN).tolist()
     return {
         "prompt": instruction(skill, symbols, rng),
         "response": spoken(answer(skill, symbols)),
@@ -112,7 +107,7 @@ def junk_row(skill: int, rng: np.random.Generator, previous: dict[str, Any]) -> 
     row = clean_row(skill, rng) | {"junk": True}
     kind = rng.integers(3)
     if kind == 0:
-        symbols = rng.integers(len(SYMBOLS), size=4).tolist()
+        symbols = rng.integers(len(SYMBOLS), size=GIVEN).tolist()
         return row | {"response": spoken(answer(int(rng.integers(SKILLS)), symbols))}
     if kind == 1:
         return row | {"response": " ".join(rng.permutation(row["response"].split()))}
@@ -136,7 +131,8 @@ def pool_rows(scale: Scale, seed: int) -> Dataset:
             rows.append(junk_row(skill, rng, previous) if is_junk else clean_row(skill, rng))
             previous = rows[-1]
     for i in range(noise):
-        symbols, other = rng.integers(len(SYMBOLS), size=(2, 4)).tolist()
+        symbols = rng.integers(len(SYMBOLS), size=GIVEN).tolist()
+        other = rng.integers(len(SYMBOLS), size=2).tolist()
         group = SKILLS + i % NOISE_GROUPS
         rows.append({"prompt": instruction(group, symbols, rng), "response": spoken(other), "skill": group, "junk": True})
     return Dataset.from_list([rows[i] for i in rng.permutation(len(rows))])
@@ -144,23 +140,30 @@ def pool_rows(scale: Scale, seed: int) -> Dataset:
 
 @functools.lru_cache(maxsize=2)
 def base_and_judge(scale: Scale) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The base model, pre-trained on operations under their internal names, and the judge. The same for all seeds."""
+    """The base model, pre-trained on the skills under their internal names, and the judge. The same for all seeds."""
     words = tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=64,
         intermediate_size=192,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
         tie_word_embeddings=True,
+        initializer_range=0.06,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=1,
     )
     base = LlamaForCausalLM(config)
-    train_lm(base, pretraining_batches(words, scale), steps=scale.pretraining_steps, lr=4e-3, schedule="cosine")
+    matrices = [p for n, p in base.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in base.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=1e-2, weight_decay=0.0),
+    ]
+    train_lm(base, pretraining_batches(words, scale), steps=scale.pretraining_steps, optimizers=optimizers)
     rng = np.random.default_rng(1)
     held_out = Dataset.from_list([clean_row(s, rng) for s in range(SKILLS) for _ in range(scale.judge_per_skill)])
     judge = fine_tune(copy.deepcopy(base), words, held_out, epochs=scale.epochs, lr=LEARNING_RATE)
@@ -168,31 +171,27 @@ def base_and_judge(scale: Scale) -> tuple[LlamaForCausalLM, LlamaForCausalLM, Pr
 
 
 def pretraining_batches(words: PreTrainedTokenizerFast, scale: Scale) -> Iterator[dict[str, torch.Tensor]]:
-    """`op7 c a b d : d b a c <end>`, the operation sometimes after fillers; the loss on what follows the colon."""
+    """`please now just op7 c a b d a : b d <end>`: the loss on what follows the colon."""
     rng = np.random.default_rng(0)
     fillers = np.array(words.convert_tokens_to_ids(FILLERS))
     first_symbol, colon, first_op = words.convert_tokens_to_ids(["a", ":", "op0"])
-    rearrange = np.array(REARRANGEMENTS)
+    count = 64
     for _ in range(scale.pretraining_steps):
-        count = 128
         skill = rng.integers(SKILLS, size=count)
-        symbols = rng.integers(len(SYMBOLS), size=(count, 4))
-        moved = np.take_along_axis(symbols, rearrange[np.minimum(skill, len(REARRANGEMENTS) - 1)], 1)
-        shifted = (symbols + np.array(SHIFTS)[np.maximum(skill - len(REARRANGEMENTS), 0)][:, None]) % len(SYMBOLS)
-        result = np.where((skill < len(REARRANGEMENTS))[:, None], moved, shifted)
+        symbols = rng.integers(len(SYMBOLS), size=(count, GIVEN))
+        picked = np.take_along_axis(symbols, PICKS[skill], 1)
         head = rng.choice(fillers, size=(count, 4))
         head[np.arange(count), rng.choice([1, 3], count)] = first_op + skill
-        ids = np.concatenate(
-            [head, first_symbol + symbols, np.full((count, 1), colon), first_symbol + result, np.zeros((count, 1), int)], 1
-        )
+        end = np.full((count, 1), words.eos_token_id)
+        ids = np.concatenate([head, first_symbol + symbols, np.full((count, 1), colon), first_symbol + picked, end], 1)
         labels = ids.copy()
-        labels[:, :9] = -100
+        labels[:, : 4 + GIVEN + 1] = -100
         yield {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
 
 def balanced_accuracy(model: LlamaForCausalLM, words: PreTrainedTokenizerFast, test: Dataset) -> float:
     """Mean over the skills of the share of answers that are exactly right."""
-    answers = greedy_answers(model, words, test["prompt"], max_new_tokens=5, batch_size=256)
+    answers = greedy_answers(model, words, test["prompt"], max_new_tokens=3, batch_size=256)
     right = np.array([a.split() == r.split() for a, r in zip(answers, test["response"])])
     skills = np.array(test["skill"])
     return float(np.mean([right[skills == s].mean() for s in range(SKILLS)]))
@@ -245,7 +244,7 @@ def one_run(scale: Scale, seed: int, of: Substrate) -> dict[str, float]:
         return fine_tune(model, of.words, chosen, epochs=scale.epochs, lr=LEARNING_RATE, seed=seed)
 
     def answers(model: Any, prompts: Sequence[str]) -> list[str]:
-        return greedy_answers(model, of.words, prompts, max_new_tokens=5, batch_size=256)
+        return greedy_answers(model, of.words, prompts, max_new_tokens=3, batch_size=256)
 
     choices = static_choices(scale, seed, of)
     models = {name: trained(copy.deepcopy(of.base), of.rows.select(c.tolist())) for name, c in choices.items()}
@@ -277,7 +276,7 @@ def experiment(seed: int, smoke: bool) -> dict[str, float]:
 PROOF = Proof(
     system="kmq",
     claim="at equal budget and steps, kMQ's selection gives a higher accuracy averaged over skills than random selection",
-    substrate="4,000 generated instructions in 32 long-tailed skills with 15% junk; Llama 3 layers, d = 64; 200 rows selected",
+    substrate="3,000 generated instructions in 25 long-tailed skills with 15% junk; 2-layer Llama, d = 64; 150 rows selected",
     baseline="random selection of as many rows, trained for as many steps",
     metric="accuracy averaged over skills",
     higher_is_better=True,

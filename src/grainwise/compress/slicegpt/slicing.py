@@ -132,8 +132,8 @@ def _check(model: PreTrainedModel) -> None:
     window = getattr(model.config, "sliding_window", None)
     if window is not None and window < model.config.max_position_embeddings:
         raise ValueError(
-            f"the model attends through a sliding window of {window} tokens, which the sliced model cannot: set "
-            "config.sliding_window = None if your texts are shorter than that, and try again"
+            f"the model attends through a sliding window of {window} tokens, which the sliced model cannot: if your texts "
+            "are shorter than that, load it with from_pretrained(..., sliding_window=None)"
         )
     attention = model.config._attn_implementation
     if "flash" in str(attention):

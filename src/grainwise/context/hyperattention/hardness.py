@@ -48,7 +48,7 @@ def attention_hardness(
     bounds = piece.bounds.tolist()
     for segment, own in enumerate(piece.key_rows):
         group = int(own[0]) // keys
-        for rows in piece.order[bounds[segment] : bounds[segment + 1]].split(ROWS):
+        for rows in piece.query_rows[bounds[segment] : bounds[segment + 1]].split(ROWS):
             logits = flat_q[rows] @ flat_k[group].T * scale
             lse = logits.logsumexp(1, keepdim=True)
             weights = (logits - lse).exp()

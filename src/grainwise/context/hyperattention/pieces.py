@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from grainwise.kernels import hyper_blocks
 
-GATHERED_ROWS = 16384  # key rows gathered at a time, which bounds the extra memory to a few MB
+GATHERED_ROWS = 65536  # rows of keys or queries gathered at a time: few large steps, and a bound on the extra memory
+QUERY_STEP = 32  # segments are filled up to a multiple of this, so that many of them have equal length and run together
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,31 @@ class Whole:
 
 @dataclass(frozen=True)
 class Sorted:
-    """Queries [q0, q1) of every head, in segments; segment s attends the keys `key_rows[s]` with `bias` on their logits.
+    """Queries in segments; every query of segment s attends the keys `key_rows[s]` with `bias` on their logits.
 
-    order: long (Q,), segment after segment, indices into the flattened (batch, head, q1 - q0).
-    bounds: long (S + 1,), where each segment begins in `order`; it ends where the next begins.
+    query_rows: long (Q,), segment after segment, indices into the flattened (batch, head, queries), each at most once.
+    bounds: long (S + 1,), where each segment begins in `query_rows`; it ends where the next begins.
     key_rows: long (S, t), indices into the flattened (batch, key head, keys). bias: float32 (t,).
     """
 
-    q0: int
-    q1: int
-    order: Tensor
+    query_rows: Tensor
     bounds: Tensor
     key_rows: Tensor
     bias: Tensor
 
-    def query_rows(self, length: int) -> Tensor:
-        """`order` as indices into the flattened (batch, head, length)."""
-        span = self.q1 - self.q0
-        head = self.order.div(span, rounding_mode="floor")
-        return self.order + head * (length - span) + self.q0
+    def batches(self, nowhere: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Segments of about equal length together: query rows (s, l), filled up with `nowhere`, and key rows (s, t)."""
+        lengths = self.bounds.diff()
+        filled = lengths.add(QUERY_STEP - 1).div(QUERY_STEP, rounding_mode="floor") * QUERY_STEP
+        for length in filled.unique().tolist():
+            if not length:
+                continue
+            together = max(1, GATHERED_ROWS // max(length, self.key_rows.shape[1]))
+            step = torch.arange(length, device=filled.device)
+            for segments in (filled == length).nonzero().flatten().split(together):
+                place = (self.bounds[segments, None] + step).clamp(max=len(self.query_rows) - 1)
+                rows = self.query_rows[place].masked_fill(step >= lengths[segments, None], nowhere)
+                yield rows, self.key_rows[segments]
 
 
 Piece = Whole | Sorted
@@ -152,62 +158,46 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Ten
 
 def run_pieces(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: float) -> tuple[Tensor, Tensor]:
     """Merged output (B, H, n, d) in the dtype of q and log-sum-exp (B, H, n), from contiguous q, k, v."""
-    wide = lse_dtype(q.dtype)
-    out = torch.zeros(q.shape, dtype=wide, device=q.device)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
+    wide, count, dim = lse_dtype(q.dtype), q.shape[:3].numel(), q.shape[3]
+    all_out = torch.zeros(count + 1, dim, dtype=wide, device=q.device)  # the last row takes what fills segments up
+    all_lse = torch.full((count + 1,), -math.inf, dtype=wide, device=q.device)
+    out, lse = all_out[:count].view(q.shape), all_lse[:count].view(q.shape[:3])
     covered = 0
     for piece in pieces:
-        here = slice(piece.q0, piece.q1)
-        if isinstance(piece, Whole):
-            keys = slice(piece.k0, piece.k1)
-            more, more_lse = attend(q[:, :, here], k[:, :, keys], v[:, :, keys], scale=scale, causal=piece.causal)
-        else:
-            more, more_lse = _run_sorted(q, k, v, piece, scale)
-        more, more_lse = more.to(wide), more_lse.to(wide)
+        if isinstance(piece, Sorted):
+            for rows, more, more_lse in _run_sorted(q, k, v, piece, scale):
+                before = all_out.index_select(0, rows), all_lse.index_select(0, rows)
+                merged, merged_lse = merge(*before, more.to(wide), more_lse.to(wide))
+                all_out.index_copy_(0, rows, merged)
+                all_lse.index_copy_(0, rows, merged_lse)
+            covered = q.shape[2]
+            continue
+        here, keys = slice(piece.q0, piece.q1), slice(piece.k0, piece.k1)
+        more, more_lse = attend(q[:, :, here], k[:, :, keys], v[:, :, keys], scale=scale, causal=piece.causal)
         if piece.q0 < covered:
-            more, more_lse = merge(out[:, :, here], lse[:, :, here], more, more_lse)
+            more, more_lse = merge(out[:, :, here], lse[:, :, here], more.to(wide), more_lse.to(wide))
         out[:, :, here], lse[:, :, here] = more, more_lse
         covered = max(covered, piece.q1)
-    return out.to(q.dtype), lse
+    return out.to(q.dtype), lse.contiguous()
 
 
-def _run_sorted(q: Tensor, k: Tensor, v: Tensor, piece: Sorted, scale: float) -> tuple[Tensor, Tensor]:
-    """Output (B, H, q1 - q0, d) and log-sum-exp (B, H, q1 - q0) of one sorted piece."""
-    length, dim = q.shape[2:]
-    queries = q.view(-1, dim).index_select(0, piece.query_rows(length))
-    flat_k, flat_v = k.view(-1, dim), v.view(-1, dim)
+def _run_sorted(q: Tensor, k: Tensor, v: Tensor, piece: Sorted, scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(query rows, their outputs, their log-sum-exps) over a sorted piece's keys; rows = all rows of q: nowhere."""
+    queries, keys, values = (x.view(-1, q.shape[-1]) for x in (q, k, v))
     if _by_triton(q):
-        out, lse = hyper_blocks.segment_attention(
-            queries, flat_k, flat_v, piece.bounds, piece.key_rows, piece.bias, scale=scale
-        )
-    else:
-        out, lse = torch.empty_like(queries), queries.new_empty(len(queries), dtype=lse_dtype(q.dtype))
-        for part, rows in _segments(piece):
-            keys, values = (_gather(x, rows) for x in (flat_k, flat_v))
-            got, got_lse = attend(queries[part].view(len(rows), 1, -1, dim), keys, values, scale=scale, bias=piece.bias)
-            out[part], lse[part] = got.flatten(0, 2), got_lse.flatten()
-    place = torch.empty_like(piece.order)
-    place[piece.order] = torch.arange(len(place), device=place.device)
-    shape = (*q.shape[:2], piece.q1 - piece.q0)
-    return out.index_select(0, place).view(*shape, dim), lse.index_select(0, place).view(shape)
+        chosen = queries.index_select(0, piece.query_rows)
+        segments = piece.bounds, piece.key_rows, piece.bias
+        yield piece.query_rows, *hyper_blocks.segment_attention(chosen, keys, values, *segments, scale=scale)
+        return
+    for rows, key_rows in piece.batches(nowhere=len(queries)):
+        gathered = _gather(queries, rows.clamp(max=len(queries) - 1)), _gather(keys, key_rows), _gather(values, key_rows)
+        out, lse = attend(*gathered, scale=scale, bias=piece.bias)
+        yield rows.flatten(), out.flatten(0, 2), lse.flatten()
 
 
 def _gather(rows: Tensor, chosen: Tensor) -> Tensor:
-    """rows (N, d) at chosen (S, t), as (S, 1, t, d)."""
+    """rows (N, d) at chosen (s, t), as (s, 1, t, d)."""
     return rows.index_select(0, chosen.flatten()).view(len(chosen), 1, -1, rows.shape[-1])
-
-
-def _segments(piece: Sorted) -> Iterator[tuple[slice, Tensor]]:
-    """(slice of the sorted queries, their key rows (S', t)): equal segments together, unequal ones one at a time."""
-    bounds = piece.bounds.tolist()
-    step = max(1, GATHERED_ROWS // piece.key_rows.shape[1])
-    sizes = {b - a for a, b in pairwise(bounds)}
-    step = step if len(sizes) == 1 else 1
-    for s in range(0, len(bounds) - 1, step):
-        rows = piece.key_rows[s : s + step]
-        part = slice(bounds[s], bounds[s + len(rows)])
-        if part.start < part.stop:
-            yield part, rows
 
 
 class PiecewiseAttention(torch.autograd.Function):
@@ -244,11 +234,10 @@ def _backward_pieces(
     q, k, v = (x.contiguous() for x in tensors)
     sums = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
     for piece in pieces:
-        here = slice(piece.q0, piece.q1)
         if isinstance(piece, Sorted):
             _backward_sorted(grad, (q, k, v), out, lse, piece, scale, sums)
             continue
-        keys = slice(piece.k0, piece.k1)
+        here, keys = slice(piece.q0, piece.q1), slice(piece.k0, piece.k1)
         dq, dk, dv = attend_backward(
             grad[:, :, here],
             (q[:, :, here], k[:, :, keys], v[:, :, keys]),
@@ -272,22 +261,18 @@ def _backward_sorted(
     scale: float,
     sums: list[Tensor],
 ) -> None:
-    length, dim = grad.shape[2:]
-    rows = piece.query_rows(length)
-    queries, grads, outs = (x.reshape(-1, dim).index_select(0, rows) for x in (tensors[0], grad, out))
-    lses = lse.reshape(-1).index_select(0, rows)
-    flat_k, flat_v = (x.view(-1, dim) for x in tensors[1:])
-    dq_sum, dk_sum, dv_sum = (x.view(-1, dim) for x in sums)
-    for part, key_rows in _segments(piece):
-        shape = (len(key_rows), 1, -1, dim)
-        dq, dk, dv = attend_backward(
-            grads[part].view(shape),
-            (queries[part].view(shape), _gather(flat_k, key_rows), _gather(flat_v, key_rows)),
-            outs[part].view(shape),
-            lses[part].view(shape[:3]),
+    """Add the gradients of a sorted piece to `sums`, those of q, k and v."""
+    dim = grad.shape[-1]
+    queries, keys, values, grads, outs = (x.reshape(-1, dim) for x in (*tensors, grad, out))
+    for rows, key_rows in piece.batches(nowhere=len(queries)):
+        real, rows = (rows < len(queries))[:, None, :, None], rows.clamp(max=len(queries) - 1)
+        found = attend_backward(
+            _gather(grads, rows) * real,  # a query without a gradient gives its keys none
+            (_gather(queries, rows), _gather(keys, key_rows), _gather(values, key_rows)),
+            _gather(outs, rows),
+            lse.reshape(-1)[rows][:, None],
             scale=scale,
             bias=piece.bias,
         )
-        dq_sum.index_add_(0, rows[part], dq.reshape(-1, dim).to(dq_sum.dtype))
-        dk_sum.index_add_(0, key_rows.flatten(), dk.reshape(-1, dim).to(dk_sum.dtype))
-        dv_sum.index_add_(0, key_rows.flatten(), dv.reshape(-1, dim).to(dv_sum.dtype))
+        for total, part, at in zip(sums, found, (rows, key_rows, key_rows), strict=True):
+            total.view(-1, dim).index_add_(0, at.flatten(), part.reshape(-1, dim).to(total.dtype))

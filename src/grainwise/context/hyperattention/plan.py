@@ -71,54 +71,66 @@ class Planner:
         self.query_buckets, self.key_buckets = bucket_numbers(q, directions), bucket_numbers(k, directions)
 
     def pieces(self) -> list[Piece]:
-        """The whole plan, squares first."""
-        found: list[Piece] = []
+        """The whole plan, squares first; rectangles of one shape are sorted and sampled together."""
+        squares: list[Piece] = []
+        alike: dict[tuple[int, int, int], list[Whole]] = {}
         for whole in rectangles(self.length, self.keys, self.causal, self.budget.min_seq_len):
-            found.append(whole if whole.causal else self.approximate(whole))
-        return found
+            if whole.causal:
+                squares.append(whole)
+            else:
+                sinks = self.budget.sinks if whole.k0 == 0 else 0
+                alike.setdefault((whole.q1 - whole.q0, whole.k1 - whole.k0, sinks), []).append(whole)
+        return squares + [piece for group in alike.values() for piece in self.approximate(group)]
 
-    def approximate(self, whole: Whole) -> Piece:
-        """The rectangle by blocks and samples, or the rectangle itself when those would read all of its keys anyway."""
-        budget, size = self.budget, whole.k1 - whole.k0
-        sinks = min(budget.sinks, size) if whole.k0 == 0 else 0
+    def approximate(self, wholes: list[Whole]) -> list[Piece]:
+        """Rectangles of one shape by blocks and samples; as they are when those would read all of their keys anyway."""
+        budget, size = self.budget, wholes[0].k1 - wholes[0].k0
+        sinks = min(budget.sinks, size) if wholes[0].k0 == 0 else 0
         window = min(budget.window, size - sinks)
         core = size - sinks - window
         if core <= budget.block + budget.samples:
-            return whole
+            return list(wholes)
         device = self.key_buckets.device
-        groups = self.batch * self.key_heads
-        first = torch.arange(groups, device=device) * self.keys + whole.k0  # row of each group's first key
-        key_order, starts = self._sort_keys(whole.k0 + sinks, whole.k1 - window)
+        first_key = torch.tensor([w.k0 for w in wholes], device=device)
+        key_numbers = self.key_buckets[:, :, first_key[:, None] + sinks + torch.arange(core, device=device)]
+        key_numbers = key_numbers.flatten(0, 2)  # a row for each (batch, key head, rectangle), called group from here on
+        groups = len(key_numbers)
         # the last block is moved back so that all are full
         start_of = torch.arange(0, core, budget.block, device=device).clamp(max=core - budget.block)
-        chosen = self._query_blocks(whole, starts, len(start_of))
+        query_rows, chosen = self._query_blocks(wholes, key_numbers, len(start_of))
         ranks = self._ranks(groups, core, start_of)
-        columns = key_order.gather(1, ranks.flatten(1)).view_as(ranks) + sinks
+        columns = stable_order(key_numbers).gather(1, ranks.flatten(1)).view_as(ranks) + sinks
         always = torch.cat([torch.arange(sinks, device=device), torch.arange(size - window, size, device=device)])
-        columns = torch.cat([always.expand(*columns.shape[:2], -1), columns], -1) + first[:, None, None]
+        columns = torch.cat([always.expand(*columns.shape[:2], -1), columns], -1)
+        first_row = torch.arange(self.batch * self.key_heads, device=device)[:, None] * self.keys + first_key
         bias = torch.zeros(columns.shape[-1], device=device)
         bias[len(always) + budget.block :] = math.log((core - budget.block) / budget.samples)
         order, bounds = group_by(chosen, len(start_of))
-        return Sorted(whole.q0, whole.q1, order, bounds, columns.flatten(0, 1), bias)
+        key_rows = (columns + first_row.view(-1, 1, 1)).flatten(0, 1)
+        return [Sorted(query_rows.flatten()[order], bounds, key_rows, bias)]
 
-    def _sort_keys(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """Stable order (groups, b - a) of the keys [a, b) by bucket, and each bucket's start (groups, buckets + 1)."""
-        numbers = self.key_buckets[:, :, a:b].flatten(0, 1)
-        return stable_order(numbers), bucket_starts(numbers, 2**self.budget.projections)
+    def _query_blocks(self, wholes: list[Whole], key_numbers: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        """Rows of the queries in each group, and the block that each attends, both long (groups, queries of a group).
 
-    def _query_blocks(self, whole: Whole, starts: Tensor, blocks: int) -> Tensor:
-        """The block that each query attends, long (groups, heads per group * queries), from its bucket alone.
-
-        The target is the middle of the keys in the query's bucket. A bucket wider than a block is spread over its
-        blocks by the query's position, evenly and without regard to other queries.
+        A query finds its block from its own bucket: its target is the middle of the keys in that bucket. A bucket wider
+        than a block is spread over its blocks by the query's position, evenly and without regard to other queries.
         """
-        size = self.budget.block
-        buckets = self.query_buckets[:, :, whole.q0 : whole.q1].reshape(starts.shape[0], -1).long()
+        size, device = self.budget.block, key_numbers.device
+        first = torch.tensor([w.q0 for w in wholes], device=device)
+        position = first[:, None] + torch.arange(wholes[0].q1 - wholes[0].q0, device=device)
+        rows = torch.arange(self.query_buckets.numel(), device=device).view(self.query_buckets.shape)
+
+        def grouped(x: Tensor) -> Tensor:  # (batch, heads, queries) -> (groups, heads of a key head * queries of a rectangle)
+            heads = x[:, :, position].unflatten(1, (self.key_heads, -1))
+            return heads.transpose(2, 3).reshape(len(key_numbers), -1)
+
+        buckets = grouped(self.query_buckets).long()
+        starts = bucket_starts(key_numbers, 2**self.budget.projections)
         low, high = starts.gather(1, buckets), starts.gather(1, buckets + 1)
-        turn = torch.arange(whole.q0, whole.q1, device=buckets.device, dtype=torch.float64) * GOLDEN % 1.0
-        turn = turn.repeat(buckets.shape[1] // (whole.q1 - whole.q0))
+        turn = torch.arange(self.length, device=device, dtype=torch.float64) * GOLDEN % 1.0
+        turn = grouped(turn.expand(self.query_buckets.shape))
         middle = (low + high) / 2 + (turn - 0.5) * (high - low - size).clamp(min=0)
-        return (middle / size).long().clamp(0, blocks - 1)
+        return grouped(rows), (middle / size).long().clamp(0, blocks - 1)
 
     def _ranks(self, groups: int, core: int, start_of: Tensor) -> Tensor:
         """Ranks that each block reads, long (groups, blocks, block + samples): its own, then one per stratum of the rest.

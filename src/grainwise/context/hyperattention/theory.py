@@ -26,10 +26,10 @@ def own_block(q: Tensor, k: Tensor, budget: Budget, generator: torch.Generator) 
     reduced = Budget(block=budget.block, samples=1, projections=budget.projections)
     with torch.no_grad():
         planner = Planner(q, k, reduced, generator, causal=False)
-        piece = planner.approximate(Whole(0, q.shape[2], 0, size, causal=False))
+        (piece,) = planner.approximate([Whole(0, q.shape[2], 0, size, causal=False)])
     assert isinstance(piece, Sorted)
     columns = piece.key_rows[:, : budget.block].contiguous()
-    return Sorted(piece.q0, piece.q1, piece.order, piece.bounds, columns, piece.bias[: budget.block])
+    return Sorted(piece.query_rows, piece.bounds, columns, piece.bias[: budget.block])
 
 
 def theoretical_attention(
@@ -58,9 +58,9 @@ def theoretical_attention(
 def block_members(piece: Sorted, shape: torch.Size, keys: int, groups: int) -> list[Tensor]:
     """For each (batch, head): bool (n, keys), True where the query's block holds the key. Size n * keys: for study only."""
     batch, heads, n = shape
-    member = torch.zeros(batch * heads * n, keys, dtype=torch.bool, device=piece.order.device)
+    member = torch.zeros(batch * heads * n, keys, dtype=torch.bool, device=piece.bounds.device)
     segment = torch.repeat_interleave(piece.bounds.diff())
-    member[piece.order] = member[piece.order].scatter(1, piece.key_rows[segment] % keys, True)
+    member[piece.query_rows] = member[piece.query_rows].scatter(1, piece.key_rows[segment] % keys, True)
     return list(member.view(batch * heads, n, keys))
 
 

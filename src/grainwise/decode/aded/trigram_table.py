@@ -326,8 +326,9 @@ def find_row(rows, key):  # type: ignore[no-untyped-def]
 def move_row(rows, slot, start, length):  # type: ignore[no-untyped-def]
     """Copy a row to the free end, with room to double, and let `slot` point there."""
     to = rows.used[0]
-    rows.tokens[to : to + length] = rows.tokens[start : start + length]
-    rows.scores[to : to + length] = rows.scores[start : start + length]
+    for i in range(length):  # slices would compile for seconds
+        rows.tokens[to + i] = rows.tokens[start + i]
+        rows.scores[to + i] = rows.scores[start + i]
     rows.slot_starts[slot] = to
     rows.slot_lengths[slot] = length
     rows.slot_capacities[slot] = 2 * length + 4

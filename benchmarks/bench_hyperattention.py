@@ -1,0 +1,103 @@
+"""Causal attention of one layer, 4 heads of dimension 64, at 8k, 32k and 131k tokens: time against SDPA, with the error.
+
+The error is measured on sampled rows of two kinds of input: clustered queries and keys, the kind the method is for, and
+Gaussian noise, where nothing is worth finding and the values average to almost nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from grainwise.bench import Benchmark, Setting, alternate
+from grainwise.context.hyperattention import hyper_attention
+from grainwise.proofs.hyperattention import clustered
+
+HEADS, DIM, CLUSTERS, LOGIT = 4, 64, 512, 7.0
+LENGTHS = {"8k": 8192, "16k": 16384, "32k": 32768, "131k": 131072}
+LONGEST_REPEATED = 32768  # at longer inputs SDPA takes a minute a run, so each is timed once or twice, without a warm-up
+MEASURED_ROWS = 512
+
+
+@torch.no_grad()
+def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention with all logits written out."""
+    later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    return (q @ k.transpose(-1, -2) / math.sqrt(DIM)).masked_fill_(later, -math.inf).softmax(-1) @ v
+
+
+def errors(q: Tensor, k: Tensor, v: Tensor, found: Tensor) -> dict[str, float]:
+    """Of sampled rows in the later half: error relative to the variation of exact rows, and to the size of a value."""
+    n = q.shape[2]
+    rows = torch.randperm(n // 2, generator=torch.Generator().manual_seed(1))[:MEASURED_ROWS] + n // 2
+    visible = torch.arange(n) <= rows[:, None]
+    exact = scaled_dot_product_attention(q[:, :, rows].float(), k.float(), v.float(), attn_mask=visible)
+    wrong = (found[:, :, rows].float() - exact).norm()
+    return {
+        "relative_to_variation": round((wrong / (exact - exact.mean(2, keepdim=True)).norm()).item(), 4),
+        "relative_to_values": round((wrong / v[:, :, rows].float().norm()).item(), 4),
+    }
+
+
+def products_per_second() -> float:
+    """Float32 operations per second of this machine, measured on a large matrix product."""
+    a = torch.randn(2048, 2048)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    return 4 * 2 * 2048**3 / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def run(runs: int) -> Benchmark:
+    """Every length in float32 and bfloat16; `GRAINWISE_BENCH_LENGTHS=8k,32k` chooses fewer."""
+    wanted = os.environ.get("GRAINWISE_BENCH_LENGTHS", ",".join(LENGTHS)).split(",")
+    settings, spread, speed = [], {}, products_per_second()
+    for label in wanted:
+        n = LENGTHS[label]
+        inputs = clustered(CLUSTERS, LOGIT, n, seed=0, heads=HEADS)
+        noise = [torch.randn(1, HEADS, n, DIM, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, v = (x.to(dtype) for x in inputs)
+            calls = {
+                "ours": lambda q=q, k=k, v=v: hyper_attention(q, k, v, causal=True, return_lse=False),
+                "sdpa": lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True),
+            }
+            if n == 8192 and dtype == torch.float32:
+                calls["naive"] = lambda q=q, k=k, v=v: naive_attention(q, k, v)
+            short = n <= LONGEST_REPEATED
+            times = alternate(calls, runs=runs if short else min(runs, 2), warmup=1 if short else 0)
+            name = f"{label} tokens {str(dtype).removeprefix('torch.')}"
+            noisy = [x.to(dtype) for x in noise]
+            naive = times.get("naive")
+            settings.append(
+                Setting(
+                    name=name,
+                    ours=times["ours"].median * 1e3,
+                    naive=naive.median * 1e3 if naive else None,
+                    peers={"sdpa": times["sdpa"].median * 1e3},
+                    limit={
+                        "what": "ms for SDPA's products alone at the measured float32 rate of a matrix product",
+                        "figure": 2 * HEADS * n * n * DIM / speed * 1e3,
+                    },
+                    extra={
+                        "error_clustered": errors(q, k, v, calls["ours"]()),
+                        "error_gaussian": errors(*noisy, hyper_attention(*noisy, causal=True, return_lse=False)),
+                    },
+                )
+            )
+            spread |= {f"{name} {who}": round(t.spread, 3) for who, t in times.items()}
+    return Benchmark(
+        system="hyperattention",
+        unit="ms",
+        settings=settings,
+        runs=runs,
+        spread=spread,
+        note=f"clustered inputs: {CLUSTERS} clusters, own-cluster logit {LOGIT}; {torch.get_num_threads()} threads",
+    )
