@@ -119,7 +119,9 @@ def test_measured_bits():
 
 def test_gaussian_error_orders_the_formats():
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(1))
-    error = {k: (dequantize_reference(nf4.quantize(weight, k, double=False)) - weight).square().mean().item() for k in nf4.FORMATS}
+    error = {
+        k: (dequantize_reference(nf4.quantize(weight, k, double=False)) - weight).square().mean().item() for k in nf4.FORMATS
+    }
     assert error["nf4"] == pytest.approx(0.0086, abs=2e-4)
     assert error["int4"] == pytest.approx(0.0116, abs=3e-4)
     assert error["fp4"] == pytest.approx(0.0151, abs=4e-4)

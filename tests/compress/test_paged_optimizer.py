@@ -30,9 +30,7 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("store", ["file", "host"])
-@pytest.mark.parametrize(
-    ("kind", "budget"), [(torch.optim.Adam, 2200), (torch.optim.AdamW, 2200), (torch.optim.Adagrad, 1200)]
-)
+@pytest.mark.parametrize(("kind", "budget"), [(torch.optim.Adam, 2200), (torch.optim.AdamW, 2200), (torch.optim.Adagrad, 1200)])
 def test_paged_and_plain_give_identical_parameters_after_50_steps(store, kind, budget):
     plain, paged = network(), network()
     optimizer = PagedOptimizer(kind(paged.parameters(), lr=1e-2), budget_bytes=budget, store=store)

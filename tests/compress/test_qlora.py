@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from grainwise.compress.qlora import (
     recipe_step,
     relabel_folder,
 )
-from grainwise.compress.quantizer import MERGE_REFUSED, register
+from grainwise.compress.registration import MERGE_REFUSED, register
 from grainwise.training import train_lm, trainable
 
 FLOAT = NF4Config(compute_dtype="float32")
@@ -87,7 +89,9 @@ def test_gradients_equal_those_of_a_plain_layer_with_the_dequantised_weight(size
     for base in (layer, plain):
         torch.manual_seed(2)
         base.requires_grad_(False)
-        adapted = get_peft_model(nn.ModuleDict({"base": base}), LoraConfig(r=3, target_modules=["base"], init_lora_weights=False))
+        adapted = get_peft_model(
+            nn.ModuleDict({"base": base}), LoraConfig(r=3, target_modules=["base"], init_lora_weights=False)
+        )
         inner = adapted.base_model.model["base"]
         torch.manual_seed(3)
         for factor in (inner.lora_A.default, inner.lora_B.default):
@@ -289,6 +293,13 @@ def test_broken_weights_are_named():
 
 def test_registering_again_changes_nothing():
     assert register() == register()
+
+
+@pytest.mark.parametrize("first", ["grainwise.compress.quantizer", "grainwise, transformers.quantizers.auto"])
+def test_registered_whatever_is_imported_first(first):
+    code = f"import {first}; import transformers.quantizers.auto as a; print('grainwise_4bit' in a.AUTO_QUANTIZER_MAPPING)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr[-1500:]
 
 
 def test_prepared_model_trains_with_checkpointing(ids):

@@ -20,7 +20,9 @@ KERNELS = [pytest.param("avx512", marks=here), "torch"]
 
 
 def matrix(rows: int, columns: int, block: int = 64, double: bool = True, kind: str = "nf4") -> nf4.BlockMatrix:
-    return nf4.quantize(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)), kind, block=block, double=double)
+    return nf4.quantize(
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)), kind, block=block, double=double
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -81,7 +81,9 @@ def check(weight: Tensor, block: int, name: str = "the weight") -> None:
         raise ValueError(f"{name} holds NaN or infinity: repair the checkpoint before quantising it")
 
 
-def quantize(weight: Tensor, kind: str = "nf4", *, block: int = 64, double: bool = True, name: str = "the weight") -> BlockMatrix:
+def quantize(
+    weight: Tensor, kind: str = "nf4", *, block: int = 64, double: bool = True, name: str = "the weight"
+) -> BlockMatrix:
     """A matrix (out, in) in 4-bit blocks. double: quantise the scales to 8 bits too. name: for error messages.
 
     Raises TypeError or ValueError as `check` says, and ValueError for an unknown format.

@@ -76,9 +76,7 @@ class PagedOptimizer(Optimizer):
     take it. Raises ValueError for a budget below the state of the largest parameter, found at the first step.
     """
 
-    def __init__(
-        self, inner: Optimizer, *, budget_bytes: int, folder: str | Path | None = None, store: str = "file"
-    ) -> None:
+    def __init__(self, inner: Optimizer, *, budget_bytes: int, folder: str | Path | None = None, store: str = "file") -> None:
         if not isinstance(inner, Optimizer):
             raise TypeError(f"expected a torch optimizer to wrap, got {type(inner).__name__}")
         if isinstance(inner, torch.optim.LBFGS):
@@ -256,7 +254,9 @@ class PagedOptimizer(Optimizer):
         index = json.loads((Path(folder) / INDEX).read_text())
         shapes = [[list(parameter.shape) for _, parameter in bucket] for bucket in self.buckets]
         if index["shapes"] != shapes:
-            raise ValueError(f"{folder} holds the state of other parameters or of another budget: build the optimizer as before")
+            raise ValueError(
+                f"{folder} holds the state of other parameters or of another budget: build the optimizer as before"
+            )
         for group, saved in zip(self.inner.param_groups, index["groups"]):
             group.update(saved)
         self.resident.clear()
@@ -270,4 +270,3 @@ class PagedOptimizer(Optimizer):
             if tensors:
                 self.store.put(number, tensors)
                 self.paged[number] = sum(t.numel() * t.element_size() for t in tensors.values())
-

@@ -63,7 +63,9 @@ class NF4Linear(QuantizedLinear):
     )  # fmt: skip
     CONSTANTS = ("levels", "absmax", "nested_absmax", "nested_map", "offset")
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, config: NF4Config, device: Any = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, config: NF4Config, device: Any = None
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.kind, self.block, self.double = config.bits, config.block, config.double_quant

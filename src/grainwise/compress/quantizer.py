@@ -12,8 +12,6 @@ The output head and layers tied to the embedding stay as they are unless the con
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -29,9 +27,11 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-MEMBERS = ("qlora",)  # modules of this package that define a quantiser; importing one registers it
-MERGE_REFUSED = "merging re-quantises and changes the model; dequantise to bf16 first"
-TRAINING_REFUSED = "weights held in few bits cannot be trained: attach an adapter (get_peft_model), or dequantise the model first"
+from grainwise.compress.registration import register
+
+TRAINING_REFUSED = (
+    "weights held in few bits cannot be trained: attach an adapter (get_peft_model), or dequantise the model first"
+)
 
 Config = TypeVar("Config", bound="type[LinearQuantConfig]")
 
@@ -124,7 +124,9 @@ class LinearQuantConfig(QuantizationConfigMixin):
     def __init__(self, *, skip: list[str] | None = None, quantize_head: bool = False, **unknown: Any) -> None:
         unknown.pop("quant_method", None)
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no option {sorted(unknown)[0]!r}; its options are {sorted(self.__dict__)}")
+            raise TypeError(
+                f"{type(self).__name__} has no option {sorted(unknown)[0]!r}; its options are {sorted(self.__dict__)}"
+            )
         self.quant_method = self.method
         self.skip, self.quantize_head = skip, quantize_head
 
@@ -161,7 +163,9 @@ class LinearQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.requires_grad_(False)
         loading = getattr(model, "_weight_conversions", None) or []  # saving would try to undo them; packed parts need none
-        model._weight_conversions = [c for c in loading if not any(isinstance(o, _Restore) for o in getattr(c, "operations", ()))]
+        model._weight_conversions = [
+            c for c in loading if not any(isinstance(o, _Restore) for o in getattr(c, "operations", ()))
+        ]
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -204,7 +208,9 @@ class _Restore(ConversionOps):
     def __init__(self, hf_quantizer: LinearQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
         layer, _ = get_module_from_name(model, full_layer_name)
         if not isinstance(layer, QuantizedLinear):
             return input_dict
@@ -237,7 +243,9 @@ def linear_layers(model: nn.Module, config: LinearQuantConfig) -> Iterator[tuple
     yield from found
 
 
-def quantize_model(model: nn.Module, config: LinearQuantConfig, progress: Callable[[int, int, str], None] | None = None) -> nn.Module:
+def quantize_model(
+    model: nn.Module, config: LinearQuantConfig, progress: Callable[[int, int, str], None] | None = None
+) -> nn.Module:
     """Quantise the linear layers of a model in place, freeze everything, and return the model.
 
     Save it with `save_pretrained`, load it with `from_pretrained`, train adapters on it with PEFT. progress: called as
@@ -282,26 +290,5 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     return model
 
 
-def register() -> tuple[str, ...]:
-    """Register every quantiser of this package and return their module names. Calling it again changes nothing."""
-    for name in MEMBERS:
-        importlib.import_module(f"grainwise.compress.{name}")
-    return MEMBERS
-
-
-def refuse_merging() -> None:
-    """Make PEFT's LoRA layer say why it cannot merge into packed weights (it would fail on their shape). Idempotent."""
-    from peft.tuners.lora.layer import Linear
-
-    if getattr(Linear.merge, "refuses_packed_weights", False):
-        return
-    original = Linear.merge
-
-    @functools.wraps(original)
-    def merge(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.get_base_layer(), QuantizedLinear):
-            raise ValueError(MERGE_REFUSED)
-        return original(self, *args, **kwargs)
-
-    merge.refuses_packed_weights = True  # type: ignore[attr-defined]
-    Linear.merge = merge
+COMPLETE = True  # every name above can be imported now
+register()

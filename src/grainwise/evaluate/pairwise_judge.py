@@ -70,7 +70,9 @@ def elo(games: Sequence[Game], *, k: float = 32.0) -> dict[str, float]:
     return ratings
 
 
-def tournament(games: Sequence[Game], *, k: float = 32.0, shuffles: int = 10_000, seed: int = 0) -> dict[str, tuple[float, float]]:
+def tournament(
+    games: Sequence[Game], *, k: float = 32.0, shuffles: int = 10_000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
     """system -> (mean rating, half width of its 95% interval) over `shuffles` random orders of the games.
 
     All orders are played at once, one game of each at a time. Raises ValueError for no games.
@@ -100,7 +102,9 @@ def percent_of(prompts: Sequence[str], answers: Sequence[str], reference: Sequen
     Raises ValueError if the lengths differ or the reference gets no points.
     """
     if not len(prompts) == len(answers) == len(reference) or not prompts:
-        raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers, {len(reference)} reference answers: need equal, not 0")
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(answers)} answers, {len(reference)} reference answers: need equal, not 0"
+        )
     ours = theirs = 0.0
     for prompt, answer, other in zip(prompts, answers, reference):
         a, b = scorer(prompt, answer, other)

@@ -364,7 +364,9 @@ def _scale_lanes(c: Code, block: int, room: ir.Value, weight: ir.Value, length: 
     return lanes
 
 
-def _reorder(c: Code, x: ir.Value, room: ir.Value, rows: int, k: ir.Value, whole: ir.Value, padded: ir.Value, size: int) -> None:
+def _reorder(
+    c: Code, x: ir.Value, room: ir.Value, rows: int, k: ir.Value, whole: ir.Value, padded: ir.Value, size: int
+) -> None:
     """Write x so that each 128 numbers come in the order in which `_level_reader` gives the levels; zeros behind the end."""
     kind = ir.VectorType(I16 if size == 2 else I32, 64 // size)
     streams = 2 * size  # 4 or 8
@@ -505,7 +507,9 @@ def build_gemm(module: ir.Module, block: int, nested: bool) -> None:
     c.b.ret_void()
 
 
-def _write_out(c: Code, sums: ir.Value, y: ir.Value, stride: ir.Value, groups: ir.Value, out: ir.Value, top: ir.Value, rows: ir.Value) -> None:
+def _write_out(
+    c: Code, sums: ir.Value, y: ir.Value, stride: ir.Value, groups: ir.Value, out: ir.Value, top: ir.Value, rows: ir.Value
+) -> None:
     """Transpose the sums (weight rows, rows of x) into y (rows of x, out), rounded to bf16."""
     lanes = ir.Constant(ir.VectorType(I64, 16), list(range(16)))
     with c.loop(c.i(0), rows, 16) as row:

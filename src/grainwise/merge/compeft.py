@@ -441,15 +441,15 @@ def tune(
     return min(usable, key=lambda t: sign * t.score).delta
 
 
-def adapter_loss(model: PeftModel, blocks: Tensor) -> Callable[[TernaryDelta], float]:
+def adapter_loss(model: PeftModel, blocks: Tensor, init: Tensors | None = None) -> Callable[[TernaryDelta], float]:
     """An `evaluate` for `tune`: the mean next-token loss of `model` over token blocks (count, length) with the delta loaded.
 
-    The model is left with the delta tried last.
+    init: the adapter as it was initialised, for updates relative to it. The model is left with the delta tried last.
     """
     from grainwise.evaluate.language import mean_loss
 
     def evaluate(delta: TernaryDelta) -> float:
-        delta.load_into(model, force=True)  # the model is the one the delta was made from; hashing it each time is waste
+        delta.load_into(model, init, force=True)  # the model is the one the delta was made from; hashing it each time is waste
         return mean_loss(model, blocks)
 
     return evaluate
@@ -459,24 +459,37 @@ TUNING_BLOCKS = 24  # of the training text, each of `TUNING_LENGTH` tokens, to c
 TUNING_LENGTH = 256
 
 
-def recipe_step(state: RecipeState, *, density: float = 0.1, alpha: float = 0.0, coding: Coding = "golomb") -> dict[str, float]:
+def start_of(model: PeftModel) -> tuple[str, Tensors]:
+    """What an adapter's update is relative to: its start values where its method can compute them again, else zero or ones."""
+    from grainwise.adapt.tuner import AdapterLayer, start_state
+    from grainwise.merge.peft_adapters import config_of
+
+    if any(isinstance(module, AdapterLayer) for module in model.modules()):
+        return "init", start_state(model)
+    kind = str(config_of(model)["peft_type"]).rsplit(".", 1)[-1]
+    return ("ones", "ones") if kind == "IA3" else ("zero", "zero")
+
+
+def recipe_step(
+    state: RecipeState, *, density: float = 0.1, alpha: float = 0.0, coding: Coding = "golomb"
+) -> dict[str, float | int | str]:
     """Shrink the recipe's adapter to `expert.tern` and put what the file holds in its place.
 
     density: share of signs kept; 0: chosen too. alpha: scale; 0: chosen. Both are chosen by the loss on blocks of the
-    training text. Raises ValueError if the model carries no adapter.
+    training text. The update is taken relative to `start_of` the adapter. Raises ValueError if the model carries none.
     """
-    from grainwise.merge.peft_adapters import config_of
 
     if not hasattr(state.model, "peft_config"):
         raise ValueError("compeft shrinks an adapter, and the model has none: put an adapt step before it")
     model: PeftModel = state.model  # type: ignore[assignment]
-    kind = str(config_of(model)["peft_type"]).rsplit(".", 1)[-1]
-    update = TaskDelta.of(model, "ones" if kind == "IA3" else "zero")
+    name, start = start_of(model)
+    update = TaskDelta.of(model, start)
+    init = None if isinstance(start, str) else start
     blocks = state.train_blocks(TUNING_LENGTH)
     chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(state.seed))[:TUNING_BLOCKS]
     densities = (density,) if density else DENSITIES
     alphas = (alpha,) if alpha else ALPHAS
-    loss = adapter_loss(model, blocks[chosen])
+    loss = adapter_loss(model, blocks[chosen], init)
     done, total = 0, len(densities) * len(alphas)
 
     def evaluate(delta: TernaryDelta) -> float:
@@ -489,7 +502,7 @@ def recipe_step(state: RecipeState, *, density: float = 0.1, alpha: float = 0.0,
     path = state.folder / "expert.tern"
     tune(update, evaluate=evaluate, densities=densities, alphas=alphas).save(path, coding)
     packed = TernaryDelta.load(path)
-    packed.load_into(model)
+    packed.load_into(model, init)
     before, after = 2 * packed.numel + packed.kept_bytes, path.stat().st_size
     return {
         "bytes_16_bit": before,
@@ -497,4 +510,5 @@ def recipe_step(state: RecipeState, *, density: float = 0.1, alpha: float = 0.0,
         "ratio": round(before / after, 2),
         "alpha": packed.scale.alpha,
         "density": packed.scale.density,
+        "reference": name,
     }

@@ -111,7 +111,7 @@ def sample_text(state: RecipeState, count: int = 64) -> str:
 
 def measure(state: RecipeState, recipe: Recipe, *, keep: dict[str, float] | None = None) -> dict[str, float]:
     """The recipe's measures of the present state. keep: figures that the last step cannot have changed."""
-    figures: dict[str, float] = {"train_rows": len(state.train)}
+    figures: dict[str, float] = {"train_text": sum(len(row_text(row).encode()) for row in state.train)}
     known = keep or {}
     for name in recipe.measure:
         if name in known:

@@ -11,13 +11,13 @@ from typing import Any
 from grainwise.catalog import card
 from grainwise.recipe.plots import bar_plot, human, path_plot
 
-UNITS = {"bytes": "bytes", "peak_memory": "bytes"}
+UNITS = {"bytes": "bytes", "peak_memory": "bytes", "train_text": "bytes"}
 TITLES = {
     "perplexity": "perplexity",
     "bytes": "size of the model",
     "peak_memory": "peak memory",
     "tokens_per_second": "tokens per second",
-    "train_rows": "training rows",
+    "train_text": "training text",
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
@@ -32,7 +32,7 @@ pre { background: #f9fafb; border: 1px solid #e5e7eb; padding: .8rem; white-spac
   font-size: .82rem }
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem }
 """
-LOWER_IS_BETTER = {"perplexity", "bytes", "peak_memory", "train_rows"}
+LOWER_IS_BETTER = {"perplexity", "bytes", "peak_memory", "train_text"}
 
 
 def write_report(file: Path, name: str, metrics: dict[str, Any], start: dict[str, float], samples: dict[str, str]) -> None:
@@ -88,7 +88,7 @@ def _plots(steps: list[dict[str, Any]], start: dict[str, float]) -> list[str]:
         points = [(n, f["bytes"], f["perplexity"]) for n, f in states]
         plot = path_plot(points, "size of the model", "perplexity", "bytes")
         figures.append(_figure(plot, "Quality against size: lower left is better."))
-    for name in ("tokens_per_second", "peak_memory", "train_rows"):
+    for name in ("tokens_per_second", "peak_memory", "train_text"):
         if name in start and len({f[name] for _, f in states}) > 1:
             plot = bar_plot([(n, f[name]) for n, f in states], TITLES[name], UNITS.get(name, ""))
             figures.append(_figure(plot, _CAPTIONS[name]))
@@ -98,7 +98,7 @@ def _plots(steps: list[dict[str, Any]], start: dict[str, float]) -> list[str]:
 _CAPTIONS = {
     "tokens_per_second": "Greedy decoding of held-out prompts after each step.",
     "peak_memory": "Largest resident memory of the process during each step.",
-    "train_rows": "Rows that the next step may train on.",
+    "train_text": "Text that the next step may train on.",
 }
 
 

@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grainwise import data, zoo
@@ -96,9 +97,7 @@ def _load(plan: Plan, out: Path, rows: list[dict[str, Any]]) -> tuple[RecipeStat
     """The state after the finished steps, and the figures and sample from before the first one."""
     folders = [_step_folder(out, i, s) for i, s in enumerate(plan.steps[: len(rows)])]
     source = zoo.resolve(plan.recipe.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(_last(folders, "model") or source), dtype=getattr(torch, plan.recipe.dtype)
-    ).eval()
+    model = _load_model(str(_last(folders, "model") or source), getattr(torch, plan.recipe.dtype))
     adapter = _last(folders, "adapter")
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()
@@ -116,6 +115,13 @@ def _load(plan: Plan, out: Path, rows: list[dict[str, Any]]) -> tuple[RecipeStat
         start = {"figures": measure.measure(state, plan.recipe), "sample": measure.sample_text(state)}
         _write(file, json.dumps(start, indent=1))
     return state, json.loads(file.read_text())
+
+
+def _load_model(source: str, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    except SafetensorError as error:
+        raise ValueError(f"the weights of the model in {source} cannot be read: {error}. Is the file complete?") from error
 
 
 def _rows(plan: Plan, split: str) -> Dataset:
@@ -159,18 +165,26 @@ def _run_step(
         "after": after,
         "figures": figures,
     }
-    if step.kind in ("compress", "attend") or _base(state.model) is not base:
-        _base(state.model).save_pretrained(partial / "model")
-        state.tokenizer.save_pretrained(partial / "model")
-    if step.kind in ("adapt", "merge") and isinstance(state.model, PeftModel):
-        state.model.save_pretrained(str(partial / "adapter"))
-    if state.train is not train:
-        state.train.to_parquet(str(partial / "train.parquet"))
-    _write(partial / "step.json", json.dumps(row, indent=1))
-    os.rename(partial, folder)
+    try:
+        _save(step, state, partial, base_changed=_base(state.model) is not base, train_changed=state.train is not train)
+        _write(partial / "step.json", json.dumps(row, indent=1))
+        os.rename(partial, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not save step {step.name} to {folder}: {error}. The steps before it are kept") from error
     state.folder = folder
     bars.remove_task(inner)
     return row
+
+
+def _save(step: PlannedStep, state: RecipeState, folder: Path, *, base_changed: bool, train_changed: bool) -> None:
+    """Write what a step changed: `model/`, `adapter/`, `train.parquet`."""
+    if step.kind in ("compress", "attend") or base_changed:
+        _base(state.model).save_pretrained(folder / "model")
+        state.tokenizer.save_pretrained(folder / "model")
+    if step.kind in ("adapt", "merge") and isinstance(state.model, PeftModel):
+        state.model.save_pretrained(str(folder / "adapter"))
+    if train_changed:
+        state.train.to_parquet(str(folder / "train.parquet"))
 
 
 def _base(model: Any) -> Any:
