@@ -150,7 +150,7 @@ def base_and_judge(scale: Scale) -> tuple[LlamaForCausalLM, LlamaForCausalLM, Pr
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         initializer_range=0.06,
         bos_token_id=0,
         eos_token_id=0,
