@@ -8,6 +8,7 @@ ADED's table forgets between runs what it has learned in one.
 
 import re
 import time
+from collections import Counter, defaultdict
 
 import torch
 
@@ -45,6 +46,7 @@ def run(runs: int) -> Benchmark:
             settings.append(setting(name, times, model, ids, decoder))
             spread |= {f"{name}, {n}": round(t.spread, 3) for n, t in times.items()}
         settings[-3].extra = dict(settings[-3].extra) | {"tokens per second by budget": budgets(model, table, tokenizer)}
+    settings[0].extra = dict(settings[0].extra) | {"seconds to build the table": build_times(tokenizer, runs)}
     note = (
         f"ours drafts at most {BUDGET[torch.float32]} nodes in float32 and {BUDGET[torch.bfloat16]} in bfloat16; mean over "
         f"kinds: {mean_ratio(settings, None):.2f}x plain, {mean_ratio(settings, 'prompt look-up'):.2f}x prompt look-up"
@@ -117,6 +119,21 @@ def budgets(model, table, tokenizer) -> dict[int, float]:
     decoders = {b: decoder_of(table, b) for b in BUDGETS}
     times = alternate({str(b): lambda d=d: decode(model, ids, d) for b, d in decoders.items()}, runs=2, warmup=0)
     return {b: round(PROMPTS * NEW / times[str(b)].median, 1) for b in BUDGETS}
+
+
+def build_times(tokenizer, runs: int) -> dict[str, float]:
+    """Counting the tri-grams of the training split: ours and a dictionary of counters."""
+    lists = tokenizer(load("pydoc", "train")["text"], add_special_tokens=False, verbose=False)["input_ids"]
+
+    def counters():
+        counts = defaultdict(Counter)
+        for tokens in lists:
+            for a, b, c in zip(tokens, tokens[1:], tokens[2:]):
+                counts[a, b][c] += 1
+        return {k: [(t, n / c.total()) for t, n in c.most_common(12)] for k, c in counts.items()}
+
+    times = alternate({"ours": lambda: TrigramTable.from_token_lists(lists, len(tokenizer)), "counters": counters}, runs=runs)
+    return {"tokens": sum(map(len, lists)), **{n: round(t.median, 3) for n, t in times.items()}}
 
 
 def bandwidth() -> float:
