@@ -243,6 +243,28 @@ def test_peft_folder_and_model_give_the_same_update(lora: Callable, tmp_path: Pa
     assert a.adapter_config["peft_type"] == b.adapter_config["peft_type"] == "LORA"
 
 
+def test_balanced_factors_have_one_size_and_the_same_product(lora: Callable) -> None:
+    model: PeftModel = lora(lora_bias=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and "layers.0" in name:
+            parameter.data *= 0.01
+        if "lora_B" in name and "layers.1.self_attn.v_proj" in name:
+            parameter.data.zero_()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        plain = TaskDelta.of(model)
+        balanced = plain.balanced()
+        balanced.load_into(model)
+        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-5)
+    a, b = (balanced.read(f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight") for x in "AB")
+    torch.testing.assert_close(a.square().mean(), b.square().mean())
+    assert plain.sparsify(0.3).read("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight").count_nonzero() == 0
+    assert balanced.sparsify(0.3).read("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight").count_nonzero() > 0
+    with pytest.raises(ValueError, match="relative to 'ones'"):
+        TaskDelta.of({"x": torch.ones(3)}, "ones").balanced()
+
+
 def test_dora_norms_and_whole_modules_are_kept_out(lora: Callable) -> None:
     model: PeftModel = lora(use_dora=True, modules_to_save=["lm_head"])
     delta = TaskDelta.of(model)
@@ -311,4 +333,4 @@ def test_wrong_kinds_of_source(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         TaskDelta.of(tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match="has its reference already"):
-        TaskDelta.of(TaskDelta.of({"a": torch.ones(2)}, "zero"), "ones")
+        TernaryDelta.compress(TaskDelta.of({"a": torch.ones(2)}, "zero"), reference="ones")

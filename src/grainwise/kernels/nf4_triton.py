@@ -24,7 +24,7 @@ def _product(
     x_ptr: Any, packed_ptr: Any, levels_ptr: Any, absmax_ptr: Any, outer_ptr: Any, map_ptr: Any, offset_ptr: Any, y_ptr: Any,
     rows: Any, out: Any, k: Any, BLOCK: tl.constexpr, NESTED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     TILE_K: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = (tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)).to(tl.int64)
     pair = tl.arange(0, TILE_K // 2)

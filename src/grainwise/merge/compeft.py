@@ -7,7 +7,8 @@ masks (2 bits), on which dot products, distances and sign agreement are counted 
 
 Departures: exactly floor(k * d) entries are kept, ties by position (the paper's code keeps one more, and all ties); the
 STC baseline (`alpha="least_squares"`) takes the mean magnitude, where that code takes the signed mean, which is near zero;
-and the files are really encoded, where that code only simulates their size.
+the files are really encoded, where that code only simulates their size; and the recipe's step first gives the two factors of
+a LoRA one magnitude (`TaskDelta.balanced`), since after short training a global choice would take nothing from the smaller.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from grainwise.merge import bit_masks, golomb
 from grainwise.merge.bit_masks import Masks
 from grainwise.merge.selection import Selection, select
-from grainwise.merge.task_delta import Delta, TaskDelta, Tensors
+from grainwise.merge.task_delta import Delta, TaskDelta, Tensors, as_delta
 from grainwise.merge.tensor_store import (
     UNKNOWN_LENGTH,
     Entry,
@@ -110,7 +111,7 @@ class TernaryDelta(Delta):
         "least_squares" for the one nearest to the update, mean(|kept|) / sigma (STC's choice). An update without a single
         non-zero gives an empty delta and a warning.
         """
-        lazy = cls._selected(TaskDelta.of(source, reference, keep, base), density, alpha)
+        lazy = cls._selected(as_delta(source, reference, keep, base), density, alpha)
         lazy.masks = dict(lazy.masks)
         return lazy
 
@@ -388,7 +389,7 @@ def compress_to_file(
 
     One tensor is in memory at a time: the source is read three times, twice to find the threshold and once to code.
     """
-    TernaryDelta._selected(TaskDelta.of(source, reference, keep, base), density, alpha).save(path, coding)
+    TernaryDelta._selected(as_delta(source, reference, keep, base), density, alpha).save(path, coding)
     return TernaryDelta.load(path)
 
 
@@ -410,7 +411,7 @@ def sweep(
     keep: Sequence[str] = (),
 ) -> list[Trial]:
     """Every density with every alpha, scored by `evaluate`; compression happens once per density."""
-    delta = TaskDelta.of(source, reference, keep)
+    delta = as_delta(source, reference, keep)
     trials = []
     for density in densities:
         signs = TernaryDelta.compress(delta, density=density)
@@ -457,6 +458,7 @@ def adapter_loss(model: PeftModel, blocks: Tensor, init: Tensors | None = None) 
 
 TUNING_BLOCKS = 24  # of the training text, each of `TUNING_LENGTH` tokens, to choose alpha (and density) on
 TUNING_LENGTH = 256
+FACTORED = ("LORA", "ADALORA")  # adapters whose update depends on their factors' product alone
 
 
 def start_of(model: PeftModel) -> tuple[str, Tensors]:

@@ -10,6 +10,7 @@ adapter as it was initialised).
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -195,22 +196,18 @@ class TaskDelta(Delta):
     @classmethod
     def of(
         cls,
-        source: Tensors | PeftModel | Delta,
+        source: Tensors | PeftModel,
         reference: str | Tensors | None = None,
         keep: Sequence[str] = (),
         base: Tensors | None = None,
-    ) -> Delta:
-        """The update in an adapter (a `PeftModel`, its folder), a state dict or a checkpoint; a delta is given back as it is.
+    ) -> TaskDelta:
+        """The update in an adapter (a `PeftModel`, its folder), a state dict or a checkpoint.
 
         reference: "zero", "ones", or the tensors to subtract. By default that of the adapter's kind: zero for LoRA and its
         kin, ones for IA3. keep: name patterns (`*.classifier.*`) to carry as they are, outside the update.
         base: the model the adapter sits on, to be recognised by its fingerprint; a `PeftModel` brings its own.
         Raises ValueError for an adapter of a kind whose reference is not known.
         """
-        if isinstance(source, Delta):
-            if reference is not None:
-                raise ValueError(f"a {type(source).__name__} has its reference already: leave `reference` out")
-            return source
         opened = peft_adapters.open_adapter(source) if not isinstance(source, Mapping) else None
         store = opened.store if opened else open_store(source)
         config = opened.config if opened else None
@@ -279,6 +276,23 @@ class TaskDelta(Delta):
     def scaled(self, factor: float) -> TaskDelta:
         """factor * update."""
         return self._with(lambda key: self.read(key).mul_(factor))
+
+    def balanced(self) -> TaskDelta:
+        """The update with each pair of LoRA factors rescaled to one root mean square, A c and B / c: their product is the same.
+
+        A starts random and B at zero, so B is the smaller one after short training, and a choice by magnitude over both
+        would take little or nothing of it. Raises ValueError for an update that is not relative to zero.
+        """
+        if self.reference != "zero":
+            raise ValueError(f"only factors themselves can be rescaled; this update is relative to {self.reference!r}")
+        factors: dict[str, float] = {}
+        for key in self.layout:
+            partner = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+            if partner != key and partner in self.layout:
+                sizes = [float(self.read(k).square().mean().sqrt()) for k in (key, partner)]
+                if all(sizes):
+                    factors[key], factors[partner] = math.sqrt(sizes[1] / sizes[0]), math.sqrt(sizes[0] / sizes[1])
+        return self._with(lambda key: self.read(key).mul_(factors.get(key, 1.0)))
 
     def _with(self, read: Callable[[str], Tensor]) -> Self:
         return type(self)(
@@ -390,3 +404,17 @@ def _refuse_quantized(store: TensorStore, *, adapter: bool) -> None:
 def _float(tensor: Tensor) -> Tensor:
     """A fresh contiguous float32 copy on the CPU, which the caller may change."""
     return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
+
+
+def as_delta(
+    source: Tensors | PeftModel | Delta,
+    reference: str | Tensors | None = None,
+    keep: Sequence[str] = (),
+    base: Tensors | None = None,
+) -> Delta:
+    """`TaskDelta.of`, with deltas of any kind given back as they are. Raises ValueError for a delta and a reference."""
+    if not isinstance(source, Delta):
+        return TaskDelta.of(source, reference, keep, base)
+    if reference is not None:
+        raise ValueError(f"a {type(source).__name__} has its reference already: leave `reference` out")
+    return source

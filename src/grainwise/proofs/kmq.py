@@ -46,16 +46,19 @@ class Scale:
     budget: int = 150
     pretraining_steps: int = 500
     epochs: int = 10
+    guide_epochs: int = 2  # of the models that guide the rounds of the iterative form
     test_per_skill: int = 20
-    judge_per_skill: int = 8
+    judge_per_skill: int = 16
     k: int = 32
     rounds: int = 3
     restarts: int = 2  # runs of each arm on one pool, with different selection and training seeds, averaged
 
 
 FULL = Scale()
-SMOKE = Scale(pool=300, budget=40, pretraining_steps=3, epochs=1, test_per_skill=1, judge_per_skill=1, k=8, restarts=1)
-LEARNING_RATE = 2e-3
+SMOKE = Scale(
+    pool=300, budget=40, pretraining_steps=3, epochs=1, guide_epochs=1, test_per_skill=1, judge_per_skill=1, k=8, restarts=1
+)
+LEARNING_RATE = 1e-2
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -138,6 +141,14 @@ def pool_rows(scale: Scale, seed: int) -> Dataset:
     return Dataset.from_list([rows[i] for i in rng.permutation(len(rows))])
 
 
+def tuned(base: LlamaForCausalLM, words: PreTrainedTokenizerFast, rows: Dataset, epochs: int, seed: int) -> LlamaForCausalLM:
+    """A copy of the base model with its word vectors trained on the rows; the rest of so small a model would memorise."""
+    model = copy.deepcopy(base)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed_tokens" in name)
+    return fine_tune(model, words, rows, epochs=epochs, lr=LEARNING_RATE, seed=seed)
+
+
 @functools.lru_cache(maxsize=2)
 def base_and_judge(scale: Scale) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The base model, pre-trained on the skills under their internal names, and the judge. The same for all seeds."""
@@ -166,26 +177,33 @@ def base_and_judge(scale: Scale) -> tuple[LlamaForCausalLM, LlamaForCausalLM, Pr
     train_lm(base, pretraining_batches(words, scale), steps=scale.pretraining_steps, optimizers=optimizers)
     rng = np.random.default_rng(1)
     held_out = Dataset.from_list([clean_row(s, rng) for s in range(SKILLS) for _ in range(scale.judge_per_skill)])
-    judge = fine_tune(copy.deepcopy(base), words, held_out, epochs=scale.epochs, lr=LEARNING_RATE)
+    judge = tuned(base, words, held_out, scale.epochs, seed=0)
     return base.eval(), judge.eval(), words
 
 
 def pretraining_batches(words: PreTrainedTokenizerFast, scale: Scale) -> Iterator[dict[str, torch.Tensor]]:
-    """`please now just op7 c a b d a : b d <end>`: the loss on what follows the colon."""
+    """Skills under their internal names, and instructions without answers.
+
+    `please now just op7 c a b d a : b d <end>` has the loss on what follows the colon; an instruction, on every token.
+    """
     rng = np.random.default_rng(0)
     fillers = np.array(words.convert_tokens_to_ids(FILLERS))
-    first_symbol, colon, first_op = words.convert_tokens_to_ids(["a", ":", "op0"])
-    count = 64
+    first_symbol, colon, first_op, first_name = words.convert_tokens_to_ids(["a", ":", "op0", "verb0"])
+    solved, asked = 64, 32
     for _ in range(scale.pretraining_steps):
-        skill = rng.integers(SKILLS, size=count)
-        symbols = rng.integers(len(SYMBOLS), size=(count, GIVEN))
-        picked = np.take_along_axis(symbols, PICKS[skill], 1)
-        head = rng.choice(fillers, size=(count, 4))
-        head[np.arange(count), rng.choice([1, 3], count)] = first_op + skill
-        end = np.full((count, 1), words.eos_token_id)
-        ids = np.concatenate([head, first_symbol + symbols, np.full((count, 1), colon), first_symbol + picked, end], 1)
+        skill = rng.integers(SKILLS, size=solved)
+        group = rng.integers(SKILLS + NOISE_GROUPS, size=asked)
+        symbols = rng.integers(len(SYMBOLS), size=(solved + asked, GIVEN))
+        picked = np.take_along_axis(symbols[:solved], PICKS[skill], 1)
+        head = rng.choice(fillers, size=(solved + asked, 4))
+        head[np.arange(solved), rng.choice([1, 3], solved)] = first_op + skill
+        head[solved:, [1, 3]] = first_name + 2 * group[:, None] + np.arange(2)
+        tail = np.full((solved + asked, 3), words.eos_token_id)
+        tail[:solved, :2] = first_symbol + picked
+        ids = np.concatenate([head, first_symbol + symbols, np.full((solved + asked, 1), colon), tail], 1)
         labels = ids.copy()
-        labels[:, : 4 + GIVEN + 1] = -100
+        labels[:solved, : 4 + GIVEN + 1] = -100
+        labels[solved:, 4 + GIVEN + 1 :] = -100
         yield {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
 
@@ -240,22 +258,22 @@ def one_run(scale: Scale, seed: int, of: Substrate) -> dict[str, float]:
     """Balanced accuracy, junk share and number of skills of every arm; equal rows and equal steps."""
     junk, skill = np.array(of.rows["junk"]), np.array(of.rows["skill"])
 
-    def trained(model: Any, chosen: Dataset) -> Any:
-        return fine_tune(model, of.words, chosen, epochs=scale.epochs, lr=LEARNING_RATE, seed=seed)
+    def guide(model: Any, chosen: Dataset) -> Any:
+        return tuned(model, of.words, chosen, scale.guide_epochs, seed)
 
     def answers(model: Any, prompts: Sequence[str]) -> list[str]:
         return greedy_answers(model, of.words, prompts, max_new_tokens=3, batch_size=256)
 
     choices = static_choices(scale, seed, of)
-    models = {name: trained(copy.deepcopy(of.base), of.rows.select(c.tolist())) for name, c in choices.items()}
     rounds = IterativeKMQ(KMQ(scale.k, random_state=seed), rounds=scale.rounds).fit(of.pool, of.quality)
     result = rounds.run(
-        of.base, of.rows, budget=scale.budget, scorer=of.reward, train=trained, generate=answers, tokenizer=of.words, seed=seed
+        of.base, of.rows, budget=scale.budget, scorer=of.reward, train=guide, generate=answers, tokenizer=of.words, seed=seed
     )
-    choices["iterative"], models["iterative"] = result.selection.indices, result.model
+    choices["iterative"] = result.selection.indices
     figures = {}
     for name, chosen in choices.items():
-        figures[name] = balanced_accuracy(models[name], of.words, of.test)
+        model = tuned(of.base, of.words, of.rows.select(chosen.tolist()), scale.epochs, seed)
+        figures[name] = balanced_accuracy(model, of.words, of.test)
         figures[f"{name}_junk"] = float(junk[chosen].mean())
         figures[f"{name}_skills"] = float(np.isin(range(SKILLS), skill[chosen]).sum())
     for number in range(scale.rounds):
