@@ -6,6 +6,7 @@ as large), on one core. Sizes at equal perplexity are of one of the proof's expe
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import tempfile
@@ -257,10 +258,10 @@ def equal_perplexity() -> Setting:
     """The smallest file whose perplexity is no higher than the 16-bit adapter's, for one of the proof's experts."""
     from grainwise.proofs import compeft as proof
 
-    study = proof.code_expert(proof.FULL, seed=SEED)
+    (study,) = proof.train_experts(dataclasses.replace(proof.FULL, domains=("code",)), SEED)
     full = baselines.original(study.delta)
     limit = study.test(full.delta)
-    points = {k: study.tuned(k) for k in (0.05, 0.1, 0.2, 0.3, 0.5)}
+    points = {k: study.compressed(k) for k in (0.05, 0.1, 0.2, 0.3, 0.5)}
     good = {k: p for k, p in points.items() if study.test(p) <= limit}
     peers = {f"{b}-bit uniform + LZMA": baselines.uniform(study.delta, b) for b in (2, 4, 8)}
     per_entry = 8 / study.delta.numel

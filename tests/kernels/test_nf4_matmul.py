@@ -58,7 +58,7 @@ def test_other_block_sizes(block, rows):
 
 
 @here
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 10), st.sampled_from((1, 2, 4, 9, 13, 16, 31, 65, 80)), st.booleans())
 def test_fused_bf16_product_over_many_shapes(out, steps, rows, double):
     weight = matrix(out, 64 * steps, double=double)
@@ -128,7 +128,7 @@ import torch
 from grainwise.compress import nf4
 from grainwise.kernels import nf4_triton
 from grainwise.kernels.nf4_matmul import dequantize_reference
-for rows, out, k, block, double in ((1, 70, 128, 64, True), (20, 33, 192, 32, False), (17, 64, 256, 256, True)):
+for rows, out, k, block, double in ((1, 70, 64, 64, True), (17, 33, 64, 32, False)):
     weight = nf4.quantize(torch.randn(out, k), block=block, double=double)
     x = torch.randn(rows, k)
     torch.testing.assert_close(nf4_triton.matmul(x, weight), x @ dequantize_reference(weight).T, atol=1e-4, rtol=1e-4)

@@ -78,6 +78,8 @@ def test_hash_follows_the_source(monkeypatch, tmp_path):
     first = frame.source_hash(["one_module_here"])
     (tmp_path / "one_module_here.py").write_text("a = 2\n")
     assert frame.source_hash(["one_module_here"]) != first
+    (tmp_path / "one_module_here.py").write_text('"""Words\n\nand more words."""\n\n# a remark\na = 1\n')
+    assert frame.source_hash(["one_module_here"]) == first
     with pytest.raises(ValueError, match="no module"):
         frame.source_hash(["no_such_module_here"])
 

@@ -10,6 +10,10 @@ that it works without CUDA.
 
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4Config())
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=16, target_modules="all-linear"))
+
+The rest of the paper's recipe: `grainwise.data.CompletionCollator` (loss on the response only), `Trainer` with
+`train_sampling_strategy="group_by_length"`, a constant rate of 2e-4 after 3% warm-up and gradients clipped at 0.3, and
+`prepare_training` and `ensure_pad_token` below. Its evaluation: `grainwise.evaluate.answer_letters` and `.pairwise_judge`.
 """
 
 from __future__ import annotations
@@ -113,11 +117,12 @@ class NF4Linear(QuantizedLinear):
     @property
     def matrix(self) -> nf4.BlockMatrix:
         """The weight as the kernels read it. Raises ValueError while the layer is empty."""
-        if self.absmax is None:
+        held = self._buffers  # not the attributes: this runs at every product
+        if held["absmax"] is None:
             raise ValueError("this 4-bit layer holds no weights yet: load a checkpoint or use from_linear")
         return nf4.BlockMatrix(
-            self.weight.data, self.levels, self.absmax, (self.out_features, self.in_features), self.block,
-            nested_absmax=self.nested_absmax, nested_map=self.nested_map, offset=self.offset,
+            self._parameters["weight"], held["levels"], held["absmax"], (self.out_features, self.in_features), self.block,
+            held["nested_absmax"], held["nested_map"], held["offset"],
         )  # fmt: skip
 
     def stored_tensors(self) -> dict[str, Tensor]:
@@ -133,7 +138,9 @@ class NF4Linear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the input has {x.shape[-1]} features, this layer takes {self.in_features}")
-        y = _Multiply.apply(x.to(self.compute_dtype), self.matrix)
+        cast = x.to(self.compute_dtype)
+        tracked = cast.requires_grad and torch.is_grad_enabled()
+        y = _Multiply.apply(cast, self.matrix) if tracked else nf4_matmul.matmul(cast, self.matrix)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)

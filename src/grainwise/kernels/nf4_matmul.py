@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 512  # rows of x for which the sums of a tile still fit the secon
 TILE = 512  # rows of W that are decoded at a time where the product is left to torch
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class BlockMatrix:
     """A matrix (out, in) in 4-bit blocks. Weights are numbered row by row; a block is `block` consecutive ones.
 
@@ -134,6 +134,8 @@ def matmul(x: Tensor, weight: BlockMatrix, *, kernel: str | None = None) -> Tens
 def _matmul_avx512(x: Tensor, weight: BlockMatrix) -> Tensor:
     from grainwise.kernels import nf4_avx512
 
+    if len(x) <= nf4_avx512.GEMV_ROWS:
+        return nf4_avx512.few_rows(x, weight).to(x.dtype)
     y = x.new_empty(len(x), weight.shape[0])
     if len(x) <= FEW_ROWS:
         for few, out in zip(x.split(nf4_avx512.GEMV_ROWS), y.split(nf4_avx512.GEMV_ROWS)):
