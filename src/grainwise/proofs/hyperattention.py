@@ -84,7 +84,7 @@ def perplexities(seed: int, smoke: bool) -> dict[str, float]:
     from grainwise.evaluate.language import perplexity
 
     model, tokenizer = zoo.load("llama-nano" if smoke else "llama-mini")
-    length, count = (512, 1) if smoke else (2048, 4)
+    length, count = (512, 1) if smoke else (2048, 6)
     texts = blocks(load("pydoc", "test"), tokenizer, length)
     texts = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:count]]
     layers = model.config.num_hidden_layers

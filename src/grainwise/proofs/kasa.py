@@ -226,8 +226,8 @@ PROOF = Proof(
     modules=("grainwise.adapt.kasa", "grainwise.adapt.tuner", "grainwise.adapt.spectral", "grainwise.training"),
     run=run,
     conditions=conditions,
-    note="Not shown at this size. The paper shows task accuracy on GLUE and commonsense sets with large models. Here which method "
-    "learns faster depends on the seed: on seeds 20-22 KaSA had the lower loss and kept more (0.25 against 0.34 nats on average), "
-    "on seeds 0-2 LoRA did; with 100 steps both reach the ceiling and neither the loss nor what is kept tells them apart. The "
-    "mechanism, singular values that switch off, does show. Rank 4 of 64 is 6% of the components.",
+    note="Not shown at this size. The paper shows task accuracy on GLUE and commonsense sets with large models. Here the seed "
+    "decides which method learns faster: on seeds 20-22 KaSA had the lower loss and kept more (0.25 against 0.34 nats on "
+    "average), on seeds 0-2 LoRA did; with 100 steps both reach the ceiling and neither the loss nor what is kept tells them "
+    "apart. The mechanism, singular values that switch off, does show. Rank 4 of 64 is 6% of the components.",
 )

@@ -139,6 +139,6 @@ PROOF = Proof(
     modules=("grainwise.compress.slicegpt", "grainwise.compress.block_walker", "grainwise.compress.architecture"),
     run=run,
     conditions=_conditions,
-    note="The rotation's claim shows on every seed. Recovery falls short of half of the gap: 100 steps of LoRA on 51,000 tokens "
-    "close about a third of it at half the width, measured against the dense model tuned alike (stricter than before tuning).",
+    note="The rotation's claim shows on every seed. Recovery falls short of half of the gap: 100 steps of LoRA on 51,000 "
+    "tokens close about a third of it at half the width, measured against the dense model tuned alike.",
 )
