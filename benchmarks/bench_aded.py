@@ -23,7 +23,7 @@ BUDGETS = (8, 16, 24, 32, 64)
 BUDGET = {
     torch.float32: 16,
     torch.bfloat16: 24,
-}  # drafted nodes: where computing begins to outweigh reading weights
+}  # drafted nodes: where, by FLOPs and bandwidth, computing should begin to outweigh reading
 SEARCH = {"depth": 8, "iterations": 150, "increment": 0.1}  # a greater increment than the paper's 0.04 learns sooner
 
 

@@ -62,9 +62,12 @@ def test_other_block_sizes(block, rows):
 @given(st.integers(1, 70), st.integers(1, 10), st.sampled_from((1, 2, 4, 9, 13, 16, 31, 65, 80)), st.booleans())
 def test_fused_bf16_product_over_many_shapes(out, steps, rows, double):
     weight = matrix(out, 64 * steps, double=double)
-    x = torch.randn(rows, 64 * steps).bfloat16()
-    expected = x.float() @ dequantize_reference(weight).T
-    assert (matmul(x, weight, kernel="avx512").float() - expected).abs().max() <= 0.012 * expected.abs().max()
+    x = torch.randn(rows, 64 * steps, generator=torch.Generator().manual_seed(out)).bfloat16()
+    exact = dequantize_reference(weight).T
+    expected = x.float() @ exact
+    # each level is rounded to bf16 (2^-9), and so is the sum (2^-8 with the sum's own error); terms may cancel
+    bound = 0.003 * (x.float().abs() @ exact.abs()) + 0.005 * expected.abs()
+    assert ((matmul(x, weight, kernel="avx512").float() - expected).abs() <= bound).all()
 
 
 @here

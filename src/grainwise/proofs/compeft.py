@@ -50,7 +50,7 @@ class Plan:
     test_blocks: int
 
 
-FULL = Plan("llama-mini", ("code", "capitals", "records"), steps=30, batch=8, train_blocks=600, tuning_blocks=8, test_blocks=24)
+FULL = Plan("llama-mini", ("code", "capitals", "records"), steps=30, batch=4, train_blocks=600, tuning_blocks=6, test_blocks=16)
 SMOKE = Plan("llama-nano", ("records", "records"), steps=3, batch=2, train_blocks=12, tuning_blocks=2, test_blocks=4)
 LEARNING_RATE = 3e-3
 RANK = 8
@@ -187,14 +187,12 @@ def prune_to(delta: TaskDelta, size: int) -> baselines.Shrunk:
     return baselines.pruned(delta, low)
 
 
-def at_equal_bytes(expert: Expert, density: float) -> dict[str, float]:
-    """Test losses of every method that fits into the bytes of ComPEFT's file at this density (`bytes`, `ratio`)."""
-    ours = expert.compressed(density)
-    size = ours.size()
+def at_equal_bytes(expert: Expert, ours: TernaryDelta) -> dict[str, float]:
+    """Test losses of ComPEFT's update and of its rivals in as many bytes (ternary per tensor has its scales on top)."""
+    size, density = ours.size(), ours.scale.density
     local = baselines.ternary_per_tensor(expert.delta, density)
     pruned = prune_to(expert.delta, size)
     return {
-        "bytes": size,
         "ratio": ours.ratio(),
         "alpha": ours.scale.alpha,
         "compeft": expert.test(ours),
@@ -219,11 +217,11 @@ def mean(values: Iterable[float]) -> float:
 def experiment(seed: int, smoke: bool) -> dict[str, float]:
     """Perplexities (of the mean test loss over the experts) at the small budget; larger budgets and merges beside them."""
     experts = train_experts(SMOKE if smoke else FULL, seed)
-    rows = [at_equal_bytes(e, SMALL) for e in experts]
+    packed = [e.compressed(SMALL) for e in experts]
+    rows = [at_equal_bytes(e, p) for e, p in zip(experts, packed)]
     losses = {name: mean(r[name] for r in rows) for name in RIVALS}
     ours, full = mean(r["compeft"] for r in rows), mean(e.test(e.delta) for e in experts)
     base = mean(e.base for e in experts)
-    packed = [e.compressed(SMALL) for e in experts]
     dense = [e.delta for e in experts]
     plain = tune(experts[0].plain, evaluate=experts[0].tuning, densities=(SMALL,), alphas=ALPHAS)
     figures = {
