@@ -60,7 +60,8 @@ class Proof:
         baseline = sum(r["baseline"] for r in rows) / len(rows)
         ours = sum(r["ours"] for r in rows) / len(rows)
         sign = 1.0 if self.higher_is_better else -1.0
-        gain = sign * (ours - baseline) / abs(baseline) if baseline else math.inf * sign * (ours - baseline)
+        difference = sign * (ours - baseline)
+        gain = difference / abs(baseline) if baseline else math.copysign(math.inf, difference) if difference else 0.0
         conditions = {k: bool(v) for k, v in self.conditions(rows).items()}
         every_seed = all(sign * (r["ours"] - r["baseline"]) > 0 for r in rows)
         return {
