@@ -61,7 +61,7 @@ class Proof:
         ours = sum(r["ours"] for r in rows) / len(rows)
         sign = 1.0 if self.higher_is_better else -1.0
         difference = sign * (ours - baseline)
-        gain = difference / abs(baseline) if baseline else math.copysign(math.inf, difference) if difference else 0.0
+        gain = difference / (abs(baseline) or abs(difference) or 1.0)  # from a baseline of zero any difference is 100%
         conditions = {k: bool(v) for k, v in self.conditions(rows).items()}
         every_seed = all(sign * (r["ours"] - r["baseline"]) > 0 for r in rows)
         return {
