@@ -37,8 +37,6 @@ def register(module: str) -> None:
     """Run the registrations that wait for `module`."""
     for target in REGISTRATIONS[module]:
         place, function = target.split(":")
-        if not _exists(place):  # TEMPORARY
-            continue
         getattr(importlib.import_module(place), function)()
 
 
@@ -74,10 +72,3 @@ class _Loader(importlib.abc.Loader):
         module.__loader__ = self.inner
         self.inner.exec_module(module)
         register(module.__name__)
-
-
-def _exists(place: str) -> bool:  # TEMPORARY
-    try:
-        return importlib.util.find_spec(place) is not None
-    except ModuleNotFoundError:
-        return False
