@@ -6,6 +6,7 @@ on every machine.
 """
 
 from grainwise.world.individuals import CALM, Individuals, Nuisance
+from grainwise.world.scenes import Scene, SceneBatch, Scenes
 from grainwise.world.taxonomy import Part, Species, Variety, World
 
-__all__ = ["CALM", "Individuals", "Nuisance", "Part", "Species", "Variety", "World"]
+__all__ = ["CALM", "Individuals", "Nuisance", "Part", "Scene", "SceneBatch", "Scenes", "Species", "Variety", "World"]

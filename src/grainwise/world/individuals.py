@@ -57,10 +57,10 @@ CALM = Nuisance(
 class Individuals:
     """n drawn individuals.
 
-    images: uint8 (n, size, size, 3); parts: uint8 (n, size, size), 0 where the individual is not seen, k where its k-th part is;
-    key_parts: bool (n, size, size), the part that decides between siblings; boxes: float32 (n, 4), x0 y0 x1 y1 of what is
-    seen, in pixels; labels, individuals, varieties: int64 (n,); backgrounds: int64 (n,), index into `STUFF_NAMES`; azimuths:
-    float32 (n,), degrees.
+    images: uint8 (n, size, size, 3); parts: uint8 (n, size, size), 0 where the individual is not seen, else the number of
+    the part; key_parts: bool (n, size, size), the part that decides between siblings; boxes: float32 (n, 4), x0 y0 x1 y1 of
+    what is seen, in pixels; labels, individuals, varieties: int64 (n,); backgrounds: int64 (n,), index into `STUFF_NAMES`;
+    azimuths: float32 (n,), degrees.
     """
 
     images: np.ndarray
@@ -202,7 +202,6 @@ def pose_stamps(
     rank: np.ndarray,
     offsets: np.ndarray | None = None,
     stretch: np.ndarray | None = None,
-    tilts: np.ndarray | None = None,
     alter: Alteration | None = None,
 ) -> Stamps:
     """The stamps of posed individuals.
@@ -214,7 +213,6 @@ def pose_stamps(
         offsets: float32 (n, copies, 3) or None, moves single stamps in body units (articulation, deformation).
         alter: parts that are away or in another colour, or None.
         stretch: float32 (n, copies, 3) or None, multiplies the half sizes of single stamps.
-        tilts: float32 (n, copies) or None, degrees added to the tilt of single stamps.
     """
     table = species_table(world)
     place, half = table.place[labels], table.half[labels]
@@ -222,7 +220,6 @@ def pose_stamps(
         place = place + offsets
     if stretch is not None:
         half = half * stretch
-    tilt = table.tilt[labels] if tilts is None else table.tilt[labels] + tilts
     cos, sin = cos_sin(stance.azimuth)
     across = place[..., 0] * cos[:, None] + place[..., 2] * sin[:, None]
     depth = place[..., 2] * cos[:, None] - place[..., 0] * sin[:, None]
@@ -231,7 +228,7 @@ def pose_stamps(
     cos, sin = cos_sin(stance.turn)
     x = stance.centre[:, :1] + stance.unit[:, None] * (mirror * across * cos[:, None] - place[..., 1] * sin[:, None])
     y = stance.centre[:, 1:] + stance.unit[:, None] * (mirror * across * sin[:, None] + place[..., 1] * cos[:, None])
-    cos, sin = cos_sin(stance.turn[:, None] + mirror * tilt)
+    cos, sin = cos_sin(stance.turn[:, None] + mirror * table.tilt[labels])
     here, colour = table.part[labels] > 0, _shaded(world, labels, varieties)
     if alter is not None:
         here = here & (table.part[labels] != alter.hidden[:, None])

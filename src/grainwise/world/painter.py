@@ -109,8 +109,8 @@ class Canvases:
 
     def _paint_group(self, s: Stamps, side: int, style: Style, light: np.ndarray, amodal: np.ndarray | None) -> None:
         """Paint stamps of one outline and one window size, on different canvases."""
-        left = np.clip(np.floor(s.x - side / 2).astype(np.int64), 0, self.size - side)
-        top = np.clip(np.floor(s.y - side / 2).astype(np.int64), 0, self.size - side)
+        left = np.minimum(np.maximum(np.floor(s.x - side / 2).astype(np.int64), 0), self.size - side)
+        top = np.minimum(np.maximum(np.floor(s.y - side / 2).astype(np.int64), 0), self.size - side)
         steps = np.arange(side)
         dx = (left[:, None] + steps).astype(np.float32) + np.float32(0.5) - s.x[:, None]
         dy = (top[:, None] + steps).astype(np.float32) + np.float32(0.5) - s.y[:, None]
@@ -160,7 +160,7 @@ def _colours(
     if style.outline:
         rim = np.clip(inside + np.float32(style.outline), 0, 1)[:, None]
         colour = colour * (1 - np.float32(0.8) * rim)
-    return np.clip(colour, 0, 1)
+    return np.minimum(np.maximum(colour, 0), 1)
 
 
 def _turns(stamps: Stamps) -> np.ndarray:

@@ -43,7 +43,7 @@ def read_image(source: Path | bytes, name: str = "") -> np.ndarray:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             return np.array(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{name or source!r} is not a readable picture: {error}") from error
+        raise ValueError(f"{name or str(source)} is not a readable picture: {error}") from error
 
 
 def image_folder(folder: str | Path) -> RecordSet:

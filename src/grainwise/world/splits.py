@@ -68,7 +68,8 @@ def long_tail(world: World, most: int, imbalance: float = 100.0, part: str = "tr
     """Counts fall geometrically from `most` to `most / imbalance` over the species, in an order drawn from the seed."""
     if imbalance < 1 or most < imbalance:
         raise ValueError(
-            f"most is {most} and imbalance {imbalance}: the rarest species would have {most / imbalance:.2f} individuals; it needs one"
+            f"most is {most} and imbalance {imbalance}: the rarest species would have {most / imbalance:.2f} individuals; "
+            "it needs one"
         )
     order = Draws(world.seed).order("long tail", len(world))[0]
     share = np.arange(len(world)) / max(len(world) - 1, 1)

@@ -130,16 +130,20 @@ def train(
         progress=progress,
     )
     save(model, tokenizer, out)
-    metrics = measure(out) | ngram_baseline(tokenizer, standard, libraries) | {
-        "name": spec.name,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "training_tokens": steps * spec.batch_tokens,
-        "training_seconds": round(time.perf_counter() - started, 1),
-        "final_training_loss": round(sum(record.losses[-50:]) / len(record.losses[-50:]), 4),
-        "seed": spec.seed,
-        "script": f"grainwise zoo train {spec.name}",
-        "text": "pydoc train split and docstrings of " + ", ".join(LIBRARIES),
-    }
+    metrics = (
+        measure(out)
+        | ngram_baseline(tokenizer, standard, libraries)
+        | {
+            "name": spec.name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "training_tokens": steps * spec.batch_tokens,
+            "training_seconds": round(time.perf_counter() - started, 1),
+            "final_training_loss": round(sum(record.losses[-50:]) / len(record.losses[-50:]), 4),
+            "seed": spec.seed,
+            "script": f"grainwise zoo train {spec.name}",
+            "text": "pydoc train split and docstrings of " + ", ".join(LIBRARIES),
+        }
+    )
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
 

@@ -1,0 +1,1 @@
+"""The vision models of the zoo: how each is trained and measured, one file a model."""
