@@ -54,11 +54,12 @@ class TreeVerifier:
         """Compact the cache after `verify`: the rows of the given nodes (a path from the root) stay, the others go."""
         end = self.past + len(nodes)
         moved = list(nodes) != list(range(len(nodes)))
+        chosen = torch.tensor(nodes) + self.past
         for layer in self.cache.layers:
             for name in ("keys", "values"):
                 rows = getattr(layer, name)
                 if moved:
-                    chosen = torch.tensor(nodes, device=rows.device) + self.past
+                    chosen = chosen.to(rows.device)
                     rows[:, :, self.past : end] = rows[:, :, chosen]
                 setattr(layer, name, rows[:, :, :end])
         self.past = end

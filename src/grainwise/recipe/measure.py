@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from grainwise.data import blocks, row_text
 from grainwise.evaluate.language import mean_loss
-from grainwise.recipe.schema import Recipe
+from grainwise.recipe.fields import Recipe
 from grainwise.recipe_state import RecipeState
 
 PROMPTS = 3
@@ -95,7 +95,7 @@ def _generate(state: RecipeState, ids: Tensor, count: int) -> Tensor:
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,
-        min_new_tokens=count if state.decode is None else None,
+        min_new_tokens=count,
         do_sample=False,
         pad_token_id=pad,
         **extra,
