@@ -81,7 +81,7 @@ class Proof:
 def source_hash(modules: Iterable[str]) -> str:
     """sha256 over the source of modules (a package counts with all its files), first 16 digits.
 
-    Docstrings, comment lines and blank lines don't count: rewording a sentence leaves a proof as it is.
+    Docstrings, comments, layout and a proof's note don't count: rewording a sentence leaves a proof as it is.
     """
     digest = hashlib.sha256()
     for name in sorted(set(modules)):
@@ -96,13 +96,14 @@ def source_hash(modules: Iterable[str]) -> str:
 
 
 def code_of(source: str) -> str:
-    """The lines of a source text that do something."""
-    lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
+    """What a source text does: its syntax tree without docstrings and without the `note` of a proof."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
-            text = node.body[0]
-            lines[text.lineno - 1 : text.end_lineno] = [""] * ((text.end_lineno or text.lineno) - text.lineno + 1)
-    return "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "note"]
+    return ast.dump(tree)
 
 
 def available() -> list[str]:

@@ -1,9 +1,10 @@
-"""KaSA beside LoRA: how well a model learns something new in equal steps, and what is left of what it knew.
+"""KaSA beside LoRA: how well a model learns something new from few, partly wrong examples, and what is left of what it knew.
 
 A small Llama first learns 160 facts (a tenth of the answers it sees are wrong) and four rules on strings; then adapters of
-one rank learn a fifth rule. Two steps of the paper's ladder are recorded beside: the truncated base with plain LoRA, and
-KaSA without its penalties. A second experiment looks at the mechanism: which singular values stay when the change to be
-learnt has a known rank.
+one rank learn a new rule from 128 strings, a tenth of their answer tokens wrong, read many times; three new rules, each by
+an adapter of its own. Two steps of the paper's ladder are recorded beside: the truncated base with plain LoRA, and KaSA
+without its penalties. A second experiment looks at the mechanism: which singular values stay when the change to be learnt
+has a known rank.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ OLD_RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "shift": lambda x: (x - 8 + 1) % SYMBOLS + 8,
     "rotate": lambda x: x.roll(1, 1),
 }
-MARKS = {"copy": 3, "reverse": 4, "shift": 5, "rotate": 6, "swap": 7}
+NEW_RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "swap": lambda x: x[:, [1, 0, 2, 4, 3]],
+    "turn": lambda x: x.roll(2, 1),
+    "reverse and shift": lambda x: (x.flip(1) - 8 + 1) % SYMBOLS + 8,
+}
+MARKS = {"copy": 3, "reverse": 4, "shift": 5, "rotate": 6} | dict.fromkeys(NEW_RULES, 7)
 WRONG_ANSWERS = 0.1
-RANK, RATES = 4, (5e-3, 1e-2, 2e-2, 4e-2)
+RANK, EXAMPLES, STEPS = 4, 128, 150
+OPTIONS: dict[str, dict[str, float]] = {  # each the best of eight trials on seeds 10-12
+    "lora": {"rate": 2e-2, "alpha": 8},
+    "kasa": {"rate": 1e-2, "alpha": 8, "beta": 1e-2, "gamma": 1e-1},
+}
 KEPT_SHARE = 0.1  # of the largest |ds|, for counting the singular values that stay
-
-
-def swap(x: Tensor) -> Tensor:
-    """The new rule: the first two symbols change places, and so do the last two."""
-    return x[:, [1, 0, 2, 4, 3]]
 
 
 @dataclass
@@ -66,7 +71,7 @@ class World:
         """Prompts (count, 7) and answers (count, 5) of fresh strings."""
         strings = torch.randint(8, 8 + SYMBOLS, (count, 5), generator=generator or self.generator)
         mark, end = torch.full((count, 1), MARKS[name]), torch.full((count, 1), RULE_END)
-        answer = swap(strings) if name == "swap" else OLD_RULES[name](strings)
+        answer = (OLD_RULES | NEW_RULES)[name](strings)
         return torch.cat([mark, strings, end], dim=1), answer
 
     def old(self, steps: int) -> Iterator[dict[str, Tensor]]:
@@ -80,11 +85,15 @@ class World:
             rules = [batch(*self.rule(name, 12), width=12) for name in OLD_RULES]
             yield {key: torch.cat([part[key] for part in (facts, *rules)]) for key in facts}
 
-    def new(self, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of the new rule, the same for every method."""
+    def new(self, name: str, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of one new rule from few examples, some answers wrong, the same for every method."""
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            yield batch(*self.rule("swap", 32, generator), width=12)
+        prompts, answers = self.rule(name, EXAMPLES, generator)
+        wrong = torch.rand(answers.shape, generator=generator) < WRONG_ANSWERS
+        answers = torch.where(wrong, torch.randint(8, 8 + SYMBOLS, answers.shape, generator=generator), answers)
+        for _ in range(0, steps, EXAMPLES // 32):
+            for chosen in torch.randperm(EXAMPLES, generator=generator).split(32):
+                yield batch(prompts[chosen], answers[chosen], width=12)
 
 
 def batch(prompts: Tensor, answers: Tensor, width: int) -> dict[str, Tensor]:
@@ -105,16 +114,16 @@ def accuracy(model: nn.Module, prompts: Tensor, answers: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, world: World) -> dict[str, float]:
-    """Loss and accuracy on the new rule, accuracy on facts and on the old rules, on rows never trained on."""
+def measure(model: nn.Module, world: World, name: str) -> dict[str, float]:
+    """Errors and loss on a new rule, accuracy on facts and on the old rules; rules on rows never trained on."""
     model.eval()
     fresh = torch.Generator().manual_seed(10_000)
-    validation = world.rule("swap", 200, fresh)
-    old = sum(accuracy(model, *world.rule(name, 200, fresh)) for name in OLD_RULES) / len(OLD_RULES)
+    tested = world.rule(name, 400, fresh)
+    old = sum(accuracy(model, *world.rule(rule, 200, fresh)) for rule in OLD_RULES) / len(OLD_RULES)
     facts = accuracy(model, *world.all_facts())
     return {
-        "loss": model(**batch(*validation, width=12)).loss.item(),
-        "new": accuracy(model, *world.rule("swap", 200, fresh)),
+        "errors": 1 - accuracy(model, *tested),
+        "loss": model(**batch(*tested, width=12)).loss.item(),
         "facts": facts,
         "old_rules": old,
         "kept": (facts + old) / 2,
@@ -130,24 +139,26 @@ def pretrained(world: World, seed: int, steps: int) -> LlamaForCausalLM:
     return model
 
 
-def adapted(base: LlamaForCausalLM, world: World, method: str, rate: float, seed: int, steps: int) -> dict[str, float]:
-    """Train one adapter on the new rule and measure."""
+def adapted(
+    base: LlamaForCausalLM, world: World, method: str, name: str, seed: int, steps: int, **options: float
+) -> dict[str, float]:
+    """Train one adapter on a new rule and measure. options: instead of those in OPTIONS."""
     torch.manual_seed(seed)
     model: Any = copy.deepcopy(base)
+    chosen = OPTIONS["kasa" if method.startswith("kasa") else "lora"] | options
     if method == "truncated_lora":
-        model = get_peft_model(model, kasa_config(seed)).unload(restore=False)
+        model = get_peft_model(model, KasaConfig(r=RANK, target_modules="all-linear")).unload(restore=False)
+    config: LoraConfig | KasaConfig
     if method.endswith("lora"):
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+        config = LoraConfig(r=RANK, lora_alpha=int(chosen["alpha"]), target_modules="all-linear")
     else:
-        model = get_peft_model(model, kasa_config(seed))
+        config = KasaConfig(
+            r=RANK, alpha=chosen["alpha"], beta=chosen["beta"], gamma=chosen["gamma"], target_modules="all-linear", seed=seed
+        )
+    model = get_peft_model(model, config)
     penalty = (lambda: kasa_regulariser(model)) if method == "kasa" else None
-    train_lm(model, world.new(steps, seed + 1), steps=steps, lr=rate, penalty=penalty)
-    return measure(model, world)
-
-
-def kasa_config(seed: int) -> KasaConfig:
-    """The paper's defaults for beta and gamma."""
-    return KasaConfig(r=RANK, alpha=2 * RANK, target_modules="all-linear", seed=seed)
+    train_lm(model, world.new(name, steps, seed + 1), steps=steps, lr=chosen["rate"], penalty=penalty)
+    return measure(model, world, name)
 
 
 class Teacher(nn.Module):
@@ -187,22 +198,16 @@ def _values_left(seed: int, beta: float, steps: int, size: int = 32, q: int = 2)
 
 
 def run(seed: int, smoke: bool) -> dict[str, float]:
-    """One seed: each method at the rate of its lowest validation loss on the new rule."""
+    """One seed: each method on each new rule, averaged over the rules."""
     world = World.of(seed)
     base = pretrained(world, seed, 10 if smoke else 300)
-    rates, steps = (RATES[1:2], 3) if smoke else (RATES, 60)
-    found: dict[str, float] = {"kept_before": measure(base, world)["kept"]}
-    chosen = {}
-    for method in ("lora", "kasa"):
-        runs = {rate: adapted(base, world, method, rate, seed, steps) for rate in rates}
-        chosen[method] = min(runs, key=lambda rate, runs=runs: runs[rate]["loss"])  # type: ignore[misc]
-        found |= {f"{method}_{k}": v for k, v in runs[chosen[method]].items()} | {f"{method}_rate": chosen[method]}
-    for method, rate in (("truncated_lora", chosen["lora"]), ("kasa_without_penalties", chosen["kasa"])):
-        figures = adapted(base, world, method, rate, seed, steps)
-        found |= {f"{method}_{k}": figures[k] for k in ("new", "kept")}
+    found: dict[str, float] = {}
+    for method in ("lora", "kasa", "truncated_lora", "kasa_without_penalties"):
+        figures = [adapted(base, world, method, name, seed, 3 if smoke else STEPS) for name in NEW_RULES]
+        found |= {f"{method}_{k}": sum(f[k] for f in figures) / len(figures) for k in figures[0]}
     found["values_left_with_beta"] = values_left(seed, 1e-2, smoke)
     found["values_left_without_beta"] = values_left(seed, 0.0, smoke)
-    return {"baseline": found["lora_loss"], "ours": found["kasa_loss"], **found}
+    return {"baseline": found["lora_errors"], "ours": found["kasa_errors"], **found}
 
 
 def conditions(rows: list[dict[str, Any]]) -> dict[str, bool]:
@@ -217,17 +222,18 @@ def conditions(rows: list[dict[str, Any]]) -> dict[str, bool]:
 
 PROOF = Proof(
     system="kasa",
-    claim="learns a new task to a lower loss than LoRA of the same rank in the same steps",
+    claim="learns a new task from few noisy examples with fewer errors than LoRA of the same rank in the same steps",
     substrate="a 3-layer Llama (d = 64) pre-trained on 160 facts (10% of the answers wrong) and four string rules",
-    baseline="LoRA: same rank, layers, scale, data, steps and grid of learning rates",
-    metric="validation loss on the new rule after 60 steps, each method at the rate where it is lowest, nats",
+    baseline="LoRA: same rank, layers, data, steps, and as many trials on other seeds to choose its rate and alpha",
+    metric="share of wrong answer tokens on fresh strings, mean over three rules learnt from 128 strings in 150 steps",
     higher_is_better=False,
     margin=0.1,
     modules=("grainwise.adapt.kasa", "grainwise.adapt.tuner", "grainwise.adapt.spectral", "grainwise.training"),
     run=run,
     conditions=conditions,
-    note="Not shown at this size. The paper shows task accuracy on GLUE and commonsense sets with large models. Here the seed "
-    "decides which method learns faster: on seeds 20-22 KaSA had the lower loss and kept more (0.25 against 0.34 nats on "
-    "average), on seeds 0-2 LoRA did; with 100 steps both reach the ceiling and neither the loss nor what is kept tells them "
-    "apart. The mechanism, singular values that switch off, does show. Rank 4 of 64 is 6% of the components.",
+    note="Not shown at this size. The code follows the paper (and PEFT's port, which the tests compare); four rates with two "
+    "settings of alpha (LoRA) or of beta and gamma (KaSA) were tried on seeds 10-12. At equal rates KaSA made fewer errors "
+    "(0.09-0.11 against 0.16 at 1e-2), but LoRA stands a higher rate and is ahead there (0.076 at 2e-2); KaSA keeps more of "
+    "the old facts and rules. Truncation does little: rank 4 of 64 is 6% of the components, with next to no energy. The "
+    "mechanism, singular values that switch off, does show.",
 )
