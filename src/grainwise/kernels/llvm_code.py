@@ -79,8 +79,8 @@ class Code:
         self.b.store(value, self.at(base, offset), align=1)
 
     def prefetch(self, base: ir.Value, offset: ir.Value) -> None:
-        """A hint to fetch this cache line for reading; any address is allowed."""
-        flags = [ir.Constant(I32, value) for value in (0, 3, 1)]
+        """A hint to fetch this cache line for reading, to the second-level cache; any address is allowed."""
+        flags = [ir.Constant(I32, value) for value in (0, 2, 1)]
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), self.at(base, offset), *flags)
 
     def variable(self, value: ir.Value) -> ir.Value:

@@ -32,7 +32,7 @@ ROWS, PANEL = 6, 4  # the register tile of `gemm`: 6 weight rows by 4 vectors of
 TILE_ROWS, TILE_K = 192, 512  # decoded weights held at a time: 192 KiB of bf16, inside a 1 MiB second-level cache
 GEMV_ROWS = 4  # rows of x that share one decode in `gemv`
 SHARED = 8  # partial sums of `gemv`: weight rows that share the loads of x, times rows of x
-AHEAD = 4096  # bytes of codes that `gemv` asks for in advance
+AHEAD = 16384  # bytes of codes that `gemv` asks for in advance
 
 
 def missing() -> str:

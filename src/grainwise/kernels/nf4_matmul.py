@@ -24,7 +24,7 @@ KERNELS = ("avx512", "triton", "torch")
 OUTER = 256  # scales under one outer scale
 FEW_ROWS = 12  # rows of x up to which decoding again for each four of them beats decoding to a tile
 ROWS_AT_ONCE = 512  # rows of x for which the sums of a tile still fit the second-level cache
-TILE = 512  # rows of W that are decoded at a time where the product is left to torch
+TILE_BYTES = 2**24  # of W decoded at a time where the product is left to torch; larger pieces cost page faults each time
 
 
 @dataclass(slots=True, eq=False)
@@ -162,7 +162,9 @@ def matmul_transposed(dy: Tensor, weight: BlockMatrix, *, kernel: str | None = N
 
 def tiles(weight: BlockMatrix, dtype: torch.dtype, kernel: str) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows of W) pieces, decoded one at a time; a single one where rows are not whole blocks."""
-    height = TILE if not weight.shape[1] % weight.block and not weight.shape[1] % 2 else weight.shape[0]
+    height = weight.shape[0]
+    if not weight.shape[1] % weight.block and not weight.shape[1] % 2:
+        height = max(1, TILE_BYTES // (dtype.itemsize * weight.shape[1] * OUTER)) * OUTER
     for top in range(0, weight.shape[0], height):
         yield top, dequantize(rows_of(weight, top, min(top + height, weight.shape[0])), dtype, kernel=kernel)
 

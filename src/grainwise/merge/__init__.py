@@ -16,7 +16,7 @@ from typing import Any
 _HOMES = {
     "TaskDelta": "task_delta",
     "TernaryDelta": "compeft",
-    "DeltaSum": "compeft",
+    "DeltaSum": "delta_sum",
     "compress_to_file": "compeft",
     "tune": "compeft",
     "task_arithmetic": "merging",

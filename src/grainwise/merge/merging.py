@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grainwise.merge.compeft import TernaryDelta, check_alike
+from grainwise.merge.compeft import TernaryDelta
+from grainwise.merge.delta_sum import check_alike
 from grainwise.merge.task_delta import Delta, TaskDelta
 
 
