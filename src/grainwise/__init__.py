@@ -18,7 +18,7 @@ ROOMS = (
     "adapt", "merge", "compress", "kernels", "select", "annotate", "pretrain", "decode", "context", "serve", "parallel",
     "recognize", "segment", "detect", "retrieve", "converse", "explain", "evaluate",
 )  # fmt: skip
-_MODULES = frozenset({*ROOMS, "bench", "catalog", "data", "proofs", "recipe", "training", "zoo"})
+_MODULES = frozenset({*ROOMS, "bench", "catalog", "data", "images", "proofs", "recipe", "training", "world", "zoo"})
 
 on_import.install()
 

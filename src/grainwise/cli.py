@@ -1,4 +1,4 @@
-"""The command `grainwise`: run, systems, prove, bench, zoo.
+"""The command `grainwise`: run, systems, prove, bench, zoo, world.
 
 Only what a command needs is imported, and only when it runs: help, `systems` and a wrong recipe never load torch.
 """
@@ -16,6 +16,8 @@ from rich.console import Console
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 zoo_app = typer.Typer(no_args_is_help=True, help="Train, check and list the models of the zoo.", rich_markup_mode=None)
 app.add_typer(zoo_app, name="zoo")
+world_app = typer.Typer(no_args_is_help=True, help="Look at the microworld.", rich_markup_mode=None)
+app.add_typer(world_app, name="world")
 
 console = Console()
 errors = Console(stderr=True)
@@ -151,6 +153,19 @@ def zoo_check(names: Annotated[list[str] | None, typer.Argument(help="Models; al
     from grainwise.zoo.commands import check
 
     check(names or [], console)
+
+
+@world_app.command("sample")
+def world_sample(
+    kind: Annotated[str, typer.Option(help="What to show: species, siblings, scene, video, documents ...")] = "scene",
+    seed: Annotated[int, typer.Option(help="The world's seed.")] = 0,
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("sample.png"),
+) -> None:
+    """Draw a labelled contact sheet of one kind of thing."""
+    from grainwise.world.sheets import save_sheet
+
+    save_sheet(kind, seed, out)
+    print(out)
 
 
 def _print_json(value: Any) -> None:

@@ -17,8 +17,14 @@ from types import ModuleType
 REGISTRATIONS: dict[str, tuple[str, ...]] = {
     "peft": ("grainwise.adapt.registration:register", "grainwise.compress.registration:refuse_merging"),
     "transformers.quantizers.auto": ("grainwise.compress.registration:register",),
-    "transformers.models.auto.configuration_auto": ("grainwise.compress.slicegpt:register",),
-    "transformers.models.auto.modeling_auto": ("grainwise.compress.slicegpt:register",),
+    "transformers.models.auto.configuration_auto": (
+        "grainwise.compress.slicegpt:register",
+        "grainwise.recognize.registration:register",
+    ),
+    "transformers.models.auto.modeling_auto": (
+        "grainwise.compress.slicegpt:register",
+        "grainwise.recognize.registration:register",
+    ),
     "transformers.modeling_utils": ("grainwise.context.attention_registration:register",),
 }
 

@@ -44,6 +44,69 @@ WRONG = {
 }
 
 
+VISION = "task: vision\nmodel: {model}\ndata: {data}\nsteps:\n  - {step}\n"
+GDA, WORLD = "recognize: {system: gda}", "{world: {seed: 1}}"
+WRONG_VISION = {  # (data, step, further lines) -> the message; lines: 1 task, 2 model, 3 data, 4 steps, 5 the step
+    (WORLD, "adapt: {system: kasa}", ""): r":5: steps.0.adapt: a vision recipe has steps recognize, explain; .*task: language",
+    (WORLD, "recognise: {system: gda}", ""): r":5: steps.0.recognise: no such kind of step. .*'recognize'",
+    (WORLD, "recognize: {system: smdl}", ""): r"smdl is not a step of this kind. Systems for `recognize`: .*gda",
+    (WORLD, "recognize: {system: dcal}", ""): r"dcal is still planned",
+    (WORLD, "recognize: {system: gda, shrinkage: kss}", ""): r"steps.0.recognize.shrinkage: got 'kss', expected 'ks'",
+    ("{world: {sede: 1}}", GDA, ""): r":3: data.world.sede: unknown field. Did you mean 'seed'",
+    ("{world: {seed: 1}, shot: 3}", GDA, ""): r":3: data.shot: unknown field. Did you mean 'shots'",
+    ("{world: {seed: 1}, shots: 0}", GDA, ""): r":3: data.shots: .*greater than or equal to 1",
+    ("{world: {seed: 1}, style: oil}", GDA, ""): r"data.style: got 'oil', expected 'plain'",
+    ("{world: {seed: 1, species_per_genus: 40}}", GDA, ""): r"data.world: species_per_genus is 40",
+    ("{world: {seed: 1, genera: 1}}", GDA, ""): r"data.world.genera: .*greater than or equal to 2",
+    ("{train: ./none, test: ./none}", GDA, ""): r":3: data.train: no folder with <class>/<picture> in it: ./none",
+    ("{wrold: {seed: 1}}", GDA, ""): r":3: data.wrold: unknown field. Did you mean 'world'",
+    ("{world: {seed: 1}, outliers: 0}", "recognize: {system: mixoe}", ""): r":5: .*mixoe needs data.outliers",
+    (WORLD, GDA, "measure: [acuracy]"): r":6: measure.0: got 'acuracy', expected 'accuracy'",
+    (WORLD, GDA, "measure: [perplexity]"): r":6: measure.0: got 'perplexity', expected 'accuracy'",
+    (WORLD, GDA, "dtype: float32"): r":6: dtype: unknown field",
+}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG_VISION)
+def test_errors_of_vision_recipes(case, clip_folder):
+    data, step, more = case
+    with pytest.raises(RecipeError, match=WRONG_VISION[case]):
+        parse(VISION.format(model=clip_folder, data=data, step=step) + more, "r.yaml")
+
+
+def test_a_recipe_needs_the_model_and_the_steps_of_its_task(clip_folder):
+    vision = VISION.format(model=clip_folder, data=WORLD, step=GDA)
+    assert parse(vision).steps[0].name == "recognize-gda"
+    with pytest.raises(RecipeError, match=r":1: task: no task 'vison'. Did you mean 'vision'"):
+        parse(vision.replace("vision", "vison"))
+    with pytest.raises(RecipeError, match=r":2: model: zoo/llama-nano is a llama model; a vision recipe needs a CLIP model"):
+        parse(vision.replace(str(clip_folder), "zoo/llama-nano"))
+    with pytest.raises(RecipeError, match=r":1: model: .* is a clip model; a language recipe needs a causal language model"):
+        parse(HEAD.replace("zoo/llama-nano", str(clip_folder)) + "steps:\n  - adapt: {system: kasa}\n")
+    with pytest.raises(RecipeError, match=r":4: steps.0.recognize: a language recipe has steps .*adapt.*task: vision"):
+        parse(HEAD + "steps:\n  - recognize: {system: gda}\n")
+
+
+def test_measures_need_their_pictures(clip_folder, tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / name / "one").mkdir(parents=True)
+        (tmp_path / name / "one" / "0.png").touch()
+    data = f"{{train: {tmp_path}/train, test: {tmp_path}/test}}"
+    text = VISION.format(model=clip_folder, data=data, step=GDA)
+    with pytest.raises(RecipeError, match=r"measure.1: ood_near needs data.near"):
+        parse(text)
+    assert parse(text + "measure: [accuracy]").recipe.measure == ["accuracy"]
+    with pytest.raises(RecipeError, match=r"data.template: 'a photo' has no {} where the class name goes"):
+        parse(text.replace("/test}", "/test, template: a photo}"))
+
+
 @pytest.mark.parametrize("text", WRONG)
 def test_errors_name_line_field_and_nearest_name(text):
     with pytest.raises(RecipeError, match=WRONG[text]):

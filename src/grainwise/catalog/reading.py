@@ -33,7 +33,11 @@ EXTENSION_POINTS = {
     "kernel": "a hot loop that other systems call",
     "server": "an HTTP server",
 }
-STEP_KINDS = ("select", "compress", "adapt", "merge", "decode", "attend")
+TASKS: dict[str, tuple[str, ...]] = {  # what a recipe is about, and the kinds of step it may have
+    "language": ("select", "compress", "adapt", "merge", "decode", "attend"),
+    "vision": ("recognize", "explain"),
+}
+STEP_KINDS = tuple(kind for kinds in TASKS.values() for kind in kinds)
 OPTION_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
 
 
@@ -51,10 +55,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Step:
-    """How a system takes part in a recipe."""
+    """How a system takes part in a recipe. needs: fields of `data` that it reads and not every recipe has."""
 
     kind: str
     options: dict[str, Option] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,4 +176,4 @@ def _step(slug: str, table: dict[str, Any] | None) -> Step | None:
             raise ValueError(f"[{slug}.step.options] {name}: type must be one of {', '.join(OPTION_TYPES)}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         options[name] = Option(**values)
-    return Step(table["kind"], options)
+    return Step(table["kind"], options, tuple(table.get("needs", ())))

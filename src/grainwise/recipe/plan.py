@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grainwise import data, zoo
+from grainwise.recipe.fields import VisionRecipe
 from grainwise.recipe.measure import NEW_TOKENS, PROMPTS
 from grainwise.recipe.schema import Plan, PlannedStep
 
@@ -29,10 +31,10 @@ class Estimate:
     why: str
 
 
-def measured_flops(seconds: float = 0.3) -> float:
-    """FLOP/s of this machine at a medium bf16 product, about half of which small models reach."""
-    a = torch.randn(512, 1024, dtype=torch.bfloat16)
-    b = torch.randn(1024, 1024, dtype=torch.bfloat16)
+def measured_flops(seconds: float = 0.3, dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOP/s of this machine at a medium product, about half of which small models reach."""
+    a = torch.randn(512, 1024, dtype=dtype)
+    b = torch.randn(1024, 1024, dtype=dtype)
     a @ b
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
@@ -43,6 +45,11 @@ def measured_flops(seconds: float = 0.3) -> float:
 
 def estimate(plan: Plan) -> list[Estimate]:
     """An estimate per step, in order."""
+    return _vision(plan, plan.recipe) if isinstance(plan.recipe, VisionRecipe) else _language(plan)
+
+
+def _language(plan: Plan) -> list[Estimate]:
+    assert not isinstance(plan.recipe, VisionRecipe)
     config = AutoConfig.from_pretrained(zoo.resolve(plan.recipe.model))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -76,6 +83,39 @@ def _work(step: PlannedStep, parameters: int, tokens: float, hidden: int, layers
     if step.kind == "decode":
         return 1e9, tokens * 16, f"a table over {tokens:,.0f} tokens"
     return 30.0 * parameters * hidden, parameters * 4.0, f"{parameters:,} weights"
+
+
+def _vision(plan: Plan, recipe: VisionRecipe) -> list[Estimate]:
+    """Counted passes through the image tower."""
+    from grainwise.recipe.vision_data import counts
+
+    config = AutoConfig.from_pretrained(zoo.resolve(recipe.model)).vision_config
+    tokens, width, depth = (config.image_size // config.patch_size) ** 2 + 1, config.hidden_size, config.num_hidden_layers
+    look = 2.0 * tokens * depth * (4 * width**2 + 2 * width * config.intermediate_size + 2 * tokens * width)
+    weights = 4.0 * depth * (4 * width**2 + 2 * width * config.intermediate_size)
+    kept = tokens * width * depth * ACTIVATIONS  # bytes that training keeps of one look
+    train, measured = counts(recipe)
+    speed = measured_flops(dtype=torch.float32)
+    looks, found = 1, []
+    for step in plan.steps:
+        o = step.options
+        looks = 2 if "top_k" in o else looks  # a recogniser that looks again, also in the steps after it
+        batch, arms = o.get("batch_size", 0), 1 + ("outliers" in step.needs)
+        passes, why = _passes(o, train, arms)
+        seconds = (passes * looks + measured * looks * (step.kind == "recognize")) * look / speed + 1.0
+        found.append(Estimate(step.name, seconds, PROCESS + 4 * weights + batch * arms * looks * kept, why))
+    return found
+
+
+def _passes(o: dict[str, Any], train: int, arms: int) -> tuple[float, str]:
+    """(forward passes that a step's work is worth, reason); arms: batches of a training step."""
+    if "epochs" in o:
+        return 3.0 * o["epochs"] * train * arms, f"{o['epochs']} epochs of {train} pictures"
+    if "grid" in o:
+        regions = -(-(o["grid"] ** 2) // o["per_region"])
+        return o["pictures"] * (regions * (regions + 1) + 70.0), f"{o['pictures']} pictures of {regions} regions"
+    views = o.get("views", 1)
+    return float(views * train), f"{views} views of {train} pictures"
 
 
 def print_plan(plan: Plan, console: Console) -> None:

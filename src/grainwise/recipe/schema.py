@@ -6,48 +6,21 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from grainwise.catalog import Card, Option, cards
-from grainwise.catalog.reading import OPTION_TYPES, STEP_KINDS
+from grainwise.catalog.reading import OPTION_TYPES, STEP_KINDS, TASKS
 from grainwise.naming import did_you_mean
+from grainwise.recipe.fields import RECIPES, FolderPictures, Recipe, Strict, VisionRecipe, WorldPictures
 
-Measure = Literal["perplexity", "bytes", "peak_memory", "tokens_per_second"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
 EMBEDDED = Path(__file__).parent / "embedded.yaml"
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message names file, line, field and the nearest valid name."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Data(_Strict):
-    """Where text comes from: `pydoc`, a file, a folder, `shared/...` or a hub id; limits count rows."""
-
-    train: str
-    test: str
-    train_limit: Annotated[int, Field(ge=1)] | None = None
-    test_limit: Annotated[int, Field(ge=1)] | None = None
-
-
-class Recipe(_Strict):
-    """The top level of a recipe file."""
-
-    model: str
-    data: Data
-    steps: Annotated[list[dict[str, dict[str, Any]]], Field(min_length=1)]
-    measure: list[Measure] = list(MEASURES)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    seed: Annotated[int, Field(ge=0)] = 0
-    measure_tokens: Annotated[int, Field(ge=256)] = 16384
-    measure_length: Annotated[int, Field(ge=16)] = 256
 
 
 @dataclass(frozen=True)
@@ -63,6 +36,11 @@ class PlannedStep:
         """For example `adapt-kasa`."""
         return f"{self.kind}-{self.card.slug}"
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of `data` that the step reads and not every recipe has."""
+        return self.card.step.needs if self.card.step is not None else ()
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -70,7 +48,7 @@ class Plan:
 
     name: str
     text: str
-    recipe: Recipe
+    recipe: Recipe | VisionRecipe
     steps: tuple[PlannedStep, ...]
 
     @property
@@ -108,10 +86,14 @@ def parse(text: str, source: str = "recipe", *, name: str = "recipe") -> Plan:
     if tree is None or not isinstance(value, dict):
         raise RecipeError(f"{source}: a recipe is a mapping with model, data and steps, got {type(value).__name__}")
     checker = _Checker(source, tree)
-    recipe = checker.model(Recipe, value, ())
-    steps = tuple(checker.step(i, step) for i, step in enumerate(recipe.steps))
+    recipe = checker.recipe(value)
+    steps = tuple(checker.step(i, step, recipe.task) for i, step in enumerate(recipe.steps))
     checker.order(steps)
-    checker.sources(recipe)
+    checker.base_model(recipe)
+    if isinstance(recipe, VisionRecipe):
+        checker.pictures(recipe, steps)
+    else:
+        checker.text(recipe)
     return Plan(name, text, recipe, steps)
 
 
@@ -145,14 +127,30 @@ class _Checker:
             where = place + tuple(problem["loc"])
             raise self.fail(where, _explain(problem, model, where[-1] if where else "")) from None
 
-    def step(self, index: int, step: dict[str, dict[str, Any]]) -> PlannedStep:
+    def recipe(self, value: dict[str, Any]) -> Recipe | VisionRecipe:
+        """The fields of the recipe's task; pictures come from a world or from folders, told apart by `world`."""
+        task = value.get("task", "language")
+        if task not in RECIPES:
+            raise self.fail(("task",), f"no task {task!r}. {did_you_mean(str(task), RECIPES)}")
+        data = value.get("data")
+        if task == "vision" and isinstance(data, dict):
+            folders = "world" not in data and any(isinstance(data.get(name), str) for name in ("train", "test"))
+            kind = FolderPictures if folders else WorldPictures
+            value = value | {"data": self.model(kind, data, ("data",))}
+        return self.model(RECIPES[task], value, ())
+
+    def step(self, index: int, step: dict[str, dict[str, Any]], task: str) -> PlannedStep:
         """Check one step against its system's card."""
         place: tuple[str | int, ...] = ("steps", index)
         if len(step) != 1:
             raise self.fail(place, f"a step has one kind, such as `adapt: {{system: kasa}}`; got {sorted(step)}")
         kind, given = next(iter(step.items()))
-        if kind not in STEP_KINDS:
-            raise self.fail((*place, kind), f"no such kind of step. {did_you_mean(kind, STEP_KINDS)}")
+        if kind in STEP_KINDS and kind not in TASKS[task]:
+            other = next(name for name, kinds in TASKS.items() if kind in kinds)
+            words = f"a {task} recipe has steps {', '.join(TASKS[task])}; `{kind}` is for recipes with task: {other}"
+            raise self.fail((*place, kind), words)
+        if kind not in TASKS[task]:
+            raise self.fail((*place, kind), f"no such kind of step. {did_you_mean(kind, TASKS[task])}")
         place = (*place, kind)
         slug = given.get("system")
         usable = {c.slug for c in cards().values() if c.step is not None and c.step.kind == kind}
@@ -183,16 +181,28 @@ class _Checker:
                 raise self.fail(place, f"{step.name} works on a trained adapter: put an adapt step before it")
             attached = attached or step.kind == "adapt"
 
-    def sources(self, recipe: Recipe) -> None:
-        """Model and data that can be checked without loading anything."""
+    def base_model(self, recipe: Recipe | VisionRecipe) -> None:
+        """The model, as far as it can be checked without loading it."""
+        folder = Path(recipe.model).expanduser()
         if recipe.model.startswith("zoo/"):
             from grainwise import zoo
 
             short = recipe.model.removeprefix("zoo/")
             if short not in zoo.names():
                 raise self.fail(("model",), f"no zoo model {recipe.model!r}. {did_you_mean(short, zoo.names())}")
-        elif recipe.model.startswith(("/", ".", "~")) and not Path(recipe.model).expanduser().is_dir():
+            folder = Path(zoo.path(short))
+        elif recipe.model.startswith(("/", ".", "~")) and not folder.is_dir():
             raise self.fail(("model",), f"no such folder: {recipe.model}")
+        try:
+            family = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        except (OSError, ValueError):  # a hub id, or a folder whose loading will say what is wrong with it
+            return
+        if (family == "clip") != (recipe.task == "vision"):
+            wanted = "a CLIP model" if recipe.task == "vision" else "a causal language model"
+            raise self.fail(("model",), f"{recipe.model} is a {family} model; a {recipe.task} recipe needs {wanted}")
+
+    def text(self, recipe: Recipe) -> None:
+        """Text sources that can be checked without loading anything."""
         from grainwise.data.sources import check
 
         for split in ("train", "test"):
@@ -200,6 +210,29 @@ class _Checker:
                 check(getattr(recipe.data, split))
             except ValueError as error:
                 raise self.fail(("data", split), str(error)) from None
+
+    def pictures(self, recipe: VisionRecipe, steps: tuple[PlannedStep, ...]) -> None:
+        """The world or the folders, and whether they have what the steps and the measures need."""
+        data = recipe.data
+        if isinstance(data, WorldPictures):
+            from grainwise.world import World
+
+            try:
+                World(**data.world.model_dump()).species  # noqa: B018
+            except ValueError as error:
+                raise self.fail(("data", "world"), str(error)) from None
+        else:
+            for name in ("train", "test", "near", "far", "outliers"):
+                if data.has(name) and not any(Path(getattr(data, name)).expanduser().glob("*/*")):
+                    raise self.fail(("data", name), f"no folder with <class>/<picture> in it: {getattr(data, name)}")
+            if "{}" not in data.template:
+                raise self.fail(("data", "template"), f"{data.template!r} has no {{}} where the class name goes")
+        for i, step in enumerate(steps):
+            for name in (n for n in step.needs if not data.has(n)):
+                raise self.fail(("steps", i, step.kind, "system"), f"{step.card.slug} needs data.{name}")
+        for i, measure in enumerate(recipe.measure):
+            if measure.startswith("ood_") and not data.has(measure.removeprefix("ood_")):
+                raise self.fail(("measure", i), f"{measure} needs data.{measure.removeprefix('ood_')}")
 
 
 def _child(node: yaml.Node, key: str | int) -> tuple[yaml.Node, yaml.Node] | None:
@@ -219,15 +252,24 @@ def _options_model(options: dict[str, Option]) -> type[BaseModel]:
     for name, o in options.items():
         kind: Any = Literal[o.choices] if o.choices else OPTION_TYPES[o.type]
         fields[name] = (Annotated[kind, Field(ge=o.min, le=o.max)], ... if o.default is None else o.default)
-    return create_model("Options", __base__=_Strict, **fields)
+    return create_model("Options", __base__=Strict, **fields)
+
+
+def _owner(model: type[BaseModel], place: tuple[str | int, ...]) -> type[BaseModel]:
+    """The model that the place inside `model` belongs to."""
+    for name in place:
+        inner = model.model_fields[str(name)].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return model
 
 
 def _explain(problem: Any, model: type[BaseModel], name: str | int) -> str:
     """pydantic's finding in plain words, with the nearest valid names."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        owner = Data if model is Recipe and problem["loc"][0] == "data" else model
-        known = [*owner.model_fields, *(["system"] if owner not in (Recipe, Data) else [])]
+        owner = _owner(model, problem["loc"][:-1])
+        known = [*owner.model_fields, *(["system"] if owner.__name__ == "Options" else [])]
         return f"unknown field. {did_you_mean(str(name), known)}"
     if kind == "missing":
         return "this field is required"

@@ -7,7 +7,7 @@ each, per-row details (cluster, round, ...) and where they come from, saved as J
 `datasets.Dataset` in one call.
 
 Members share the pool, the selection, the apportionment of a budget over groups, streamed k-means with the silhouette,
-and scorers of prompt/response pairs.
+scorers of prompt/response pairs, and self-supervised pretraining of the encoders that images need.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _HOMES = {
         "gold_minus_generated",
     ),
     "kmq": ("KCenter", "KMQ"),
+    "simcore": ("SimCore", "near_duplicates"),
+    "self_supervised": ("SSLPretrainer", "features", "knn_probe", "linear_probe"),
     "iterative_kmq": ("History", "IterativeKMQ", "IterativeResult"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

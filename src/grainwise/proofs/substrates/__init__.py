@@ -1,0 +1,1 @@
+"""Small models that several proofs train for themselves, in their own time."""
