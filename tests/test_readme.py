@@ -1,5 +1,6 @@
 """What the README shows works as it stands."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -38,7 +39,8 @@ def test_commands_exist():
             assert words[1] in targets
         else:
             assert words[0] == "grainwise"
-            command = [str(Path(sys.executable).with_name("grainwise")), words[1], "--help"]
+            named = itertools.takewhile(lambda word: not word.startswith("--"), words[1:])  # the command and its arguments
+            command = [str(Path(sys.executable).with_name("grainwise")), *named, "--help"]
             help_text = subprocess.run(command, capture_output=True, text=True).stdout
             for option in (w for w in words if w.startswith("--")):
                 assert option in help_text

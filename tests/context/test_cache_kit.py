@@ -95,7 +95,7 @@ def change_and_fail(cache, empty, actions):
                 cache.batch_repeat_interleave(2)
                 cache.batch_select_indices(torch.tensor([0, 1]))
             elif action == "jump":
-                cache.continue_at(1000)
+                cache.continue_at(cache.get_seq_length() + 1000)
         raise RuntimeError("inside")
 
 
