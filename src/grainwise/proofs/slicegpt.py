@@ -147,7 +147,7 @@ PROOF = Proof(
     modules=tuple(f"grainwise.compress.{name}" for name in ("slicegpt", "block_walker", "architecture", "structural")),
     run=run,
     conditions=_conditions,
-    note="Recovery is shown at half the width, where 100 steps on 154,000 tokens bring about half of the loss back, but not half "
-    "on every seed (0.51, 0.47, 0.59); from a quarter cut, where little is lost, they brought back at most 0.39 of it (seed 10). "
-    "The dense model gains little from the same tuning (at most 0.023 nats, seed 10).",
+    note="Recovery is shown at half the width, where 100 steps on 154,000 tokens bring about half of the loss back, but not "
+    "half on every seed (0.51, 0.47, 0.59); from a quarter cut, where little is lost, they brought back at most 0.39 of it "
+    "(seed 10). The dense model gains little from the same tuning (at most 0.023 nats, seed 10).",
 )
