@@ -234,7 +234,7 @@ PROOF = Proof(
     note="Not shown on every seed: on seeds 0 and 2 KaSA makes fewer errors (0.29 against 0.53, 0.23 against 0.39) and keeps "
     "more of the old facts and rules, on seed 1 neither learns the rules (0.62 against 0.55). The code follows the paper (and "
     "PEFT's port, which the tests compare). Four rates with two settings of alpha (LoRA) or of beta and gamma (KaSA) were "
-    "tried on seeds 10-12, where LoRA's best (0.076 at 2e-2) was ahead of KaSA's (0.093 at 1e-2): results vary more between seeds "
-    "than between methods. Truncation does little: rank 4 of 64 is 6% of the components, with next to no energy. The "
+    "tried on seeds 10-12, where LoRA's best (0.076 at 2e-2) was ahead of KaSA's (0.093 at 1e-2): results vary more between "
+    "seeds than between methods. Truncation does little: rank 4 of 64 is 6% of the components, with next to no energy. The "
     "mechanism, singular values that switch off, shows on every seed.",
 )
