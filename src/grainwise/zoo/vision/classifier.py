@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grainwise.training import Progress, train_lm
-from grainwise.zoo.vision.pictures import augment, draw_pool, held_out, normalise, optimizers_for, order_of
+from grainwise.training import Progress
+from grainwise.zoo.vision.fitting import fit
+from grainwise.zoo.vision.pictures import augment, draw_pool, held_out, normalise, order_of
 from grainwise.zoo.vision.saving import image_processor, save_folder
 from grainwise.zoo.vision.specs import IMAGE, PATCH, TRAIN_GENERA, ZOO_WORLD, VisionSpec, species_of
 
@@ -44,16 +45,7 @@ def train(spec: VisionSpec, out: Path, progress: Progress | None = None, compile
         for chosen in order_of(spec, len(pool)):
             yield {"pixel_values": augment(normalise(pool.images[chosen]), generator), "labels": genus[chosen]}
 
-    train_lm(
-        torch.compile(model) if compiled else model,
-        batches(),
-        steps=spec.steps,
-        optimizers=optimizers_for(model, spec),
-        warmup=0.05,
-        schedule="cosine",
-        autocast=torch.bfloat16,
-        progress=progress,
-    )
+    fit(torch.compile(model) if compiled else model, batches(), spec, progress)
     save_folder(model, out, image_processor())
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grainwise.training import Progress, train_lm
+from grainwise.training import Progress
 from grainwise.world import Species, World
 from grainwise.world.counter_random import Draws
 from grainwise.world.taxonomy import with_article
 from grainwise.zoo.vision.classifier import features, species_probe
-from grainwise.zoo.vision.pictures import augment, draw_pool, held_out, normalise, optimizers_for
+from grainwise.zoo.vision.fitting import fit
+from grainwise.zoo.vision.pictures import augment, draw_pool, held_out, normalise
 from grainwise.zoo.vision.saving import image_processor, save_folder
 from grainwise.zoo.vision.specs import IMAGE, PATCH, TRAIN_GENERA, ZOO_WORLD, VisionSpec, species_of
 
@@ -161,16 +162,7 @@ def train(spec: VisionSpec, out: Path, progress: Progress | None = None, compile
     tokenizer = caption_tokenizer()
     model = build(spec, len(tokenizer))  # type: ignore[arg-type]
     contrast = Contrast(model)
-    train_lm(
-        torch.compile(contrast, dynamic=True) if compiled else contrast,
-        batches(spec, tokenizer),
-        steps=spec.steps,
-        optimizers=optimizers_for(model, spec),
-        warmup=0.05,
-        schedule="cosine",
-        autocast=torch.bfloat16,
-        progress=progress,
-    )
+    fit(torch.compile(contrast, dynamic=True) if compiled else contrast, batches(spec, tokenizer), spec, progress)
     save_folder(model, out, CLIPProcessor(image_processor("CLIPImageProcessor"), tokenizer))
 
 

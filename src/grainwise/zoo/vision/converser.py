@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grainwise.training import Progress, train_lm
+from grainwise.training import Progress
 from grainwise.world.captions import caption
 from grainwise.world.questions import ask
 from grainwise.world.scenes import Scene, Scenes
-from grainwise.zoo.vision.pictures import HELD_OUT, normalise, optimizers_for, order_of
+from grainwise.zoo.vision.fitting import fit
+from grainwise.zoo.vision.pictures import HELD_OUT, normalise, order_of
 from grainwise.zoo.vision.saving import image_processor, save_folder
 from grainwise.zoo.vision.specs import IMAGE, PATCH, TRAIN_GENERA, ZOO_WORLD, VisionSpec, species_of
 
@@ -115,16 +116,7 @@ def train(spec: VisionSpec, out: Path, progress: Progress | None = None, compile
 
     if compiled:
         model.model.language_model.forward = torch.compile(model.model.language_model.forward, dynamic=True)
-    train_lm(
-        model,
-        batches(),
-        steps=spec.steps,
-        optimizers=optimizers_for(model, spec),
-        warmup=0.05,
-        schedule="cosine",
-        autocast=torch.bfloat16,
-        progress=progress,
-    )
+    fit(model, batches(), spec, progress)
     processor = LlavaProcessor(
         image_processor("CLIPImageProcessor"),
         tokenizer,

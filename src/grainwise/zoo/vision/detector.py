@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grainwise.training import Progress, learning_rate_factor
+from grainwise.training import Progress
 from grainwise.world.scenes import SceneBatch
+from grainwise.zoo.vision.fitting import fit
 from grainwise.zoo.vision.pictures import HELD_OUT, normalise, order_of, scenes
 from grainwise.zoo.vision.saving import image_processor, save_folder
 from grainwise.zoo.vision.specs import SCENE, ZOO_WORLD, VisionSpec
@@ -54,57 +55,53 @@ def build(spec: VisionSpec) -> nn.Module:
     )
 
 
-def targets_of(batch: SceneBatch) -> list[dict[str, Tensor]]:
-    """For each scene: class_labels (things,), the kinds, and boxes (things, 4), centre and size as shares of the side."""
+def targets_of(batch: SceneBatch) -> list[Tensor]:
+    """For each scene float (things, 5): the kind's number, and the box as centre and size, shares of the side."""
     found = []
     for scene in batch:
         boxes = torch.from_numpy(scene.boxes) / scene.size
-        centred = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
-        found.append({"class_labels": torch.tensor([KINDS.index(one.kind) for one in scene.species]), "boxes": centred})
+        kinds = torch.tensor([[float(KINDS.index(one.kind))] for one in scene.species])
+        found.append(torch.cat([kinds, (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1))
     return found
 
 
-def mirrored(target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The target of the picture seen in a mirror."""
-    boxes = target["boxes"].clone()
-    boxes[:, 0] = 1 - boxes[:, 0]
-    return {"class_labels": target["class_labels"], "boxes": boxes}
+class DetectionLoss(nn.Module):
+    """The detector's loss for targets in one tensor: rows (picture in the batch, class, centre x, centre y, width, height)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, targets: Tensor) -> object:
+        """pixel_values: (batch, 3, side, side); targets: float (things of all pictures, 6)."""
+        rows = [targets[targets[:, 0] == index] for index in range(len(pixel_values))]
+        labels = [{"class_labels": row[:, 1].long(), "boxes": row[:, 2:]} for row in rows]
+        return self.model(pixel_values=pixel_values, labels=labels)
 
 
 def train(spec: VisionSpec, out: Path, progress: Progress | None = None, compiled: bool = False) -> None:
     """Train on scenes and write an `RTDetrForObjectDetection` folder with its processor."""
-    model = build(spec).train()
+    model = build(spec)
     drawn = scenes(spec.seed).draw(np.arange(spec.pool))
-    targets = targets_of(drawn)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.other_lr, weight_decay=1e-4)
-    generator = torch.Generator().manual_seed(spec.seed)
     if compiled:
         model.model.backbone.forward = torch.compile(model.model.backbone.forward)
-    for step, (images, labels) in enumerate(_batches(spec, drawn, targets, generator)):
-        for group in optimizer.param_groups:
-            group["lr"] = spec.other_lr * learning_rate_factor(step, spec.steps, 0.05, "cosine")
-        loss = model(pixel_values=images, labels=labels).loss
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if progress is not None:
-            progress(step + 1, spec.steps, f"loss {loss.item():.3f}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.other_lr, weight_decay=1e-4)
+    fit(DetectionLoss(model), batches(spec, drawn), spec, progress, autocast=None, optimizers=[optimizer])
     save_folder(model.eval(), out, image_processor("RTDetrImageProcessor", SCENE))
 
 
-def _batches(
-    spec: VisionSpec, drawn: SceneBatch, targets: list[dict[str, Tensor]], generator: torch.Generator
-) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
+def batches(spec: VisionSpec, drawn: SceneBatch) -> Iterator[dict[str, Tensor]]:
+    """`spec.steps` batches, half of them seen in a mirror, with changed brightness."""
+    targets, generator = targets_of(drawn), torch.Generator().manual_seed(spec.seed)
     for chosen in order_of(spec, len(drawn)):
         images = normalise(drawn.images[chosen])
-        labels = [targets[index] for index in chosen.tolist()]
+        rows = [nn.functional.pad(targets[index], (1, 0), value=place) for place, index in enumerate(chosen.tolist())]
+        things = torch.cat(rows)
         if torch.rand((), generator=generator) < 0.5:
-            images, labels = images.flip(-1), [mirrored(label) for label in labels]
+            images = images.flip(-1)
+            things[:, 2] = 1 - things[:, 2]
         gain = 1 + 0.3 * (torch.rand(len(images), 1, 1, 1, generator=generator) - 0.5)
-        yield images * gain, labels
+        yield {"pixel_values": images * gain, "targets": things}
 
 
 @torch.inference_mode()

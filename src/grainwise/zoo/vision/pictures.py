@@ -65,17 +65,6 @@ def order_of(spec: VisionSpec, count: int) -> Iterator[Tensor]:
         rest = rest[spec.batch :]
 
 
-def optimizers_for(model: nn.Module, spec: VisionSpec) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the transformer blocks, AdamW for all else."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ("layer" in n or "blocks" in n) and p.requires_grad]
-    inside = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
-    return [
-        torch.optim.Muon(matrices, lr=spec.matrix_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=spec.other_lr, betas=(0.9, 0.95), weight_decay=0.01),
-    ]
-
-
 def scenes(seed: int = 0, size: int = SCENE) -> Scenes:
     """Scenes of one to six individuals, as the zoo is trained on; numbers from `HELD_OUT` on are for measuring."""
     return Scenes(ZOO_WORLD, seed, size=size, individuals=(1, 6), species=tuple(species_of(TRAIN_GENERA)))

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grainwise.training import Progress, train_lm
+from grainwise.training import Progress
 from grainwise.world.scenes import FIRST_INSTANCE, SceneBatch
-from grainwise.zoo.vision.pictures import HELD_OUT, normalise, optimizers_for, order_of, scenes
+from grainwise.zoo.vision.fitting import fit
+from grainwise.zoo.vision.pictures import HELD_OUT, normalise, order_of, scenes
 from grainwise.zoo.vision.saving import sam_processor, save_folder
 from grainwise.zoo.vision.specs import PATCH, SCENE, VisionSpec
 
@@ -145,16 +146,7 @@ def train(spec: VisionSpec, out: Path, progress: Progress | None = None, compile
 
     if compiled:
         model.vision_encoder.forward = torch.compile(model.vision_encoder.forward)
-    train_lm(
-        PromptLoss(model),
-        batches(),
-        steps=spec.steps,
-        optimizers=optimizers_for(model, spec),
-        warmup=0.05,
-        schedule="cosine",
-        autocast=torch.bfloat16,
-        progress=progress,
-    )
+    fit(PromptLoss(model), batches(), spec, progress)
     save_folder(model, out, sam_processor())
 
 

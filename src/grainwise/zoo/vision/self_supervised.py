@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grainwise.training import Progress, train_lm
+from grainwise.training import Progress
 from grainwise.world import Individuals
 from grainwise.zoo.vision.classifier import species_probe
-from grainwise.zoo.vision.pictures import draw_pool, held_out, normalise, optimizers_for, order_of
+from grainwise.zoo.vision.fitting import fit
+from grainwise.zoo.vision.pictures import draw_pool, held_out, normalise, order_of
 from grainwise.zoo.vision.saving import image_processor, save_folder
 from grainwise.zoo.vision.specs import IMAGE, PATCH, TRAIN_GENERA, ZOO_WORLD, VisionSpec, species_of
 
@@ -149,16 +150,7 @@ def train(spec: VisionSpec, out: Path, progress: Progress | None = None, compile
             views = torch.stack([crops(images, generator), crops(images, generator)])
             yield {"views": views, "masks": torch.rand(2, len(chosen), patches, generator=generator) < MASKED}
 
-    train_lm(
-        distillation,
-        batches(),
-        steps=spec.steps,
-        optimizers=optimizers_for(distillation, spec),
-        warmup=0.05,
-        schedule="cosine",
-        autocast=torch.bfloat16,
-        progress=progress,
-    )
+    fit(distillation, batches(), spec, progress)
     save_folder(distillation.teacher[0], out, image_processor("BitImageProcessor"))
 
 
