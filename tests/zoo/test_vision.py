@@ -14,8 +14,8 @@ from PIL import Image
 from grainwise import zoo
 from grainwise.world import World
 from grainwise.zoo.commands import VISION
-from grainwise.zoo.vision import classifier, contrastive, self_supervised
-from grainwise.zoo.vision.pictures import HELD_OUT, draw_pool, normalise
+from grainwise.zoo.vision import classifier, contrastive, segmenter, self_supervised
+from grainwise.zoo.vision.pictures import HELD_OUT, draw_pool, normalise, scenes
 from grainwise.zoo.vision.specs import SPECS, TRAIN_GENERA, ZOO_WORLD, species_of
 
 CLASSES = {
@@ -48,6 +48,17 @@ def test_trainers_write_folders_that_reload(name, tmp_path, monkeypatch):
     assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
     reloaded = CLASSES[name].from_pretrained(tmp_path / name)
     assert all(torch.isfinite(parameter).all() for parameter in reloaded.parameters())
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_the_segmenter_learns_whole_at_every_turn(turn):
+    spec = replace(quick("sam-mini"), layers=1)
+    model = segmenter.build(spec)
+    pool = segmenter.ScenePool(scenes().draw(np.arange(2)))
+    prompts = pool.prompts(np.arange(2), 2, np.random.default_rng(0))
+    segmenter.PromptLoss(model)(normalise(pool.images), turn=torch.tensor(turn), **prompts).loss.backward()
+    for part in (model.vision_encoder, model.mask_decoder.transformer):
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
 
 
 def test_llava_trains_only_on_answers():

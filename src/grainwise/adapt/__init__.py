@@ -13,20 +13,15 @@ One contract test runs over every member (`tests/adapt/test_contract.py`).
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from grainwise.adapt import registration
+from grainwise.lazy import exports
 
-from grainwise.adapt.registration import MEMBERS, register
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "kasa": ("KasaConfig", "KasaTrainerMixin", "kasa_regulariser"),
+        "registration": ("MEMBERS", "register"),
+    },
+)
 
-_EXPORTS = {"KasaConfig": "kasa", "KasaTrainerMixin": "kasa", "kasa_regulariser": "kasa"}
-
-__all__ = ["MEMBERS", "KasaConfig", "KasaTrainerMixin", "kasa_regulariser", "register"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"grainwise.adapt.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'grainwise.adapt' has no attribute {name!r}")
-
-
-register()
+registration.register()

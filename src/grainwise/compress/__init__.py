@@ -11,26 +11,15 @@ The structural methods share `architecture` (which module is a norm, reads or wr
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from grainwise.lazy import exports
 
-_HOMES = {
-    "CompressionReport": "structural",
-    "NF4Config": "qlora",
-    "NF4Linear": "qlora",
-    "PagedOptimizer": "paged_optimizer",
-    "SliceGPTConfig": "slicegpt",
-    "bits_per_param": "qlora",
-    "compress": "structural",
-    "dequantize_model": "quantizer",
-    "quantize_model": "quantizer",
-    "rotate_model": "slicegpt",
-    "slice_model": "slicegpt",
-}
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"grainwise.compress.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "structural": ("CompressionReport", "compress"),
+        "qlora": ("NF4Config", "NF4Linear", "bits_per_param"),
+        "paged_optimizer": ("PagedOptimizer",),
+        "slicegpt": ("SliceGPTConfig", "rotate_model", "slice_model"),
+        "quantizer": ("dequantize_model", "quantize_model"),
+    },
+)

@@ -11,27 +11,19 @@ its attention functions if transformers is loaded; otherwise that happens as soo
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import Any
 
 from grainwise.context import attention_registration
+from grainwise.lazy import exports
 
-_NAMES = {
-    "KitCache": "cache_kit",
-    "KitLayer": "cache_kit",
-    "attention_hardness": "hyperattention",
-    "hyper_attention": "hyperattention",
-    "patch_attention": "attention_registration",
-    "unpatch_attention": "attention_registration",
-}
-__all__ = sorted(_NAMES)
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "cache_kit": ("KitCache", "KitLayer"),
+        "hyperattention": ("attention_hardness", "hyper_attention"),
+        "attention_registration": ("patch_attention", "unpatch_attention"),
+    },
+)
 
 if "transformers.modeling_utils" in sys.modules:
     attention_registration.register()
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"grainwise.context.{_NAMES[name]}"), name)
-    raise AttributeError(f"module 'grainwise.context' has no attribute {name!r}")

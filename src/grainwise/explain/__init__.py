@@ -11,43 +11,33 @@ writer.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from grainwise.lazy import exports
 
-_HOMES = {
-    "regions": ("check_partition", "split_by_masks", "split_by_saliency", "split_grid", "split_superpixels"),
-    "set_scorer": (
-        "ClassifierScorer",
-        "ClipScorer",
-        "SetScorer",
-        "entropy_confidence",
-        "evidential_confidence",
-        "evidential_loss",
-    ),
-    "greedy_sets": ("GreedyResult", "SetFunction", "greedy", "lazy_greedy", "stochastic_greedy"),
-    "faithfulness": (
-        "Curve",
-        "Faithfulness",
-        "compare",
-        "deletion_curve",
-        "insertion_curve",
-        "judged",
-        "mu_fidelity",
-        "stages_of_map",
-    ),
-    "simple_explainers": ("gradcam", "hsic", "kernel_shap", "occlusion", "rise"),
-    "drawing": ("picture", "save_picture"),
-    "smdl": ("Attribution", "SMDL"),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "regions": ("check_partition", "split_by_masks", "split_by_saliency", "split_grid", "split_superpixels"),
+        "set_scorer": (
+            "ClassifierScorer",
+            "ClipScorer",
+            "SetScorer",
+            "entropy_confidence",
+            "evidential_confidence",
+            "evidential_loss",
+        ),
+        "greedy_sets": ("GreedyResult", "SetFunction", "greedy", "lazy_greedy", "stochastic_greedy"),
+        "faithfulness": (
+            "Curve",
+            "Faithfulness",
+            "compare",
+            "deletion_curve",
+            "insertion_curve",
+            "judged",
+            "mu_fidelity",
+            "stages_of_map",
+        ),
+        "simple_explainers": ("gradcam", "hsic", "kernel_shap", "occlusion", "rise"),
+        "drawing": ("picture", "save_picture"),
+        "smdl": ("Attribution", "SMDL"),
+    },
+)

@@ -10,27 +10,14 @@ stream; `golomb` is the coder.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from grainwise.lazy import exports
 
-_HOMES = {
-    "TaskDelta": "task_delta",
-    "TernaryDelta": "compeft",
-    "DeltaSum": "delta_sum",
-    "compress_to_file": "compeft",
-    "tune": "compeft",
-    "task_arithmetic": "merging",
-    "ties_merge": "merging",
-    "compose": "merging",
-}
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"grainwise.merge.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'grainwise.merge' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "task_delta": ("TaskDelta",),
+        "compeft": ("TernaryDelta", "compress_to_file", "tune"),
+        "delta_sum": ("DeltaSum",),
+        "merging": ("task_arithmetic", "ties_merge", "compose"),
+    },
+)

@@ -12,30 +12,20 @@ estimators. They share `FeatureBank` (features computed once), `TextClassifier` 
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from grainwise.lazy import exports
 
-_HOMES = {
-    "training": ("ArrayImages", "ImageCollator", "RecognitionTrainer", "accuracy", "predict_logits", "train_recogniser"),
-    "glsim": ("GLSimConfig", "GLSimForImageClassification", "global_local_similarity", "select_crops", "topk_box"),
-    "mixoe": ("MixOutlierExposure", "OODDetector", "OutlierExposureTrainer"),
-    "feature_bank": ("FeatureBank",),
-    "text_classifier": ("TextClassifier",),
-    "logit_ensemble": ("LogitEnsemble",),
-    "gda": ("GDAClassifier",),
-    "caps_adapter": ("CapSAdapter", "TipAdapter", "TipX"),
-    "support_set": ("DiffusersGenerator", "TransformersCaptioner", "build_support"),
-    "microworld_support": ("MicroworldGenerator",),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "training": ("ArrayImages", "ImageCollator", "RecognitionTrainer", "accuracy", "predict_logits", "train_recogniser"),
+        "glsim": ("GLSimConfig", "GLSimForImageClassification", "global_local_similarity", "select_crops", "topk_box"),
+        "mixoe": ("MixOutlierExposure", "OODDetector", "OutlierExposureTrainer"),
+        "feature_bank": ("FeatureBank",),
+        "text_classifier": ("TextClassifier",),
+        "logit_ensemble": ("LogitEnsemble",),
+        "gda": ("GDAClassifier",),
+        "caps_adapter": ("CapSAdapter", "TipAdapter", "TipX"),
+        "support_set": ("DiffusersGenerator", "TransformersCaptioner", "build_support"),
+        "microworld_support": ("MicroworldGenerator",),
+    },
+)

@@ -12,38 +12,28 @@ scorers of prompt/response pairs, and self-supervised pretraining of the encoder
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from grainwise.lazy import exports
 
-_HOMES = {
-    "text_encoder": ("Encoder", "TransformerEncoder"),
-    "embedded_pool": ("EmbeddedPool", "as_pool"),
-    "selection": ("DataSelector", "Selection", "apportion", "select_rows"),
-    "clustering": ("Clustering", "KScore", "choose_k", "elbow", "k_curve", "kmeans"),
-    "quality": (
-        "LengthScorer",
-        "LikelihoodScorer",
-        "PairScorer",
-        "QualityScorer",
-        "RatingScorer",
-        "RewardModelScorer",
-        "RewardScorer",
-        "gold_minus_generated",
-    ),
-    "kmq": ("KCenter", "KMQ"),
-    "simcore": ("SimCore", "near_duplicates"),
-    "self_supervised": ("SSLPretrainer", "features", "knn_probe", "linear_probe"),
-    "iterative_kmq": ("History", "IterativeKMQ", "IterativeResult"),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "text_encoder": ("Encoder", "TransformerEncoder"),
+        "embedded_pool": ("EmbeddedPool", "as_pool"),
+        "selection": ("DataSelector", "Selection", "apportion", "select_rows"),
+        "clustering": ("Clustering", "KScore", "choose_k", "elbow", "k_curve", "kmeans"),
+        "quality": (
+            "LengthScorer",
+            "LikelihoodScorer",
+            "PairScorer",
+            "QualityScorer",
+            "RatingScorer",
+            "RewardModelScorer",
+            "RewardScorer",
+            "gold_minus_generated",
+        ),
+        "kmq": ("KCenter", "KMQ"),
+        "simcore": ("SimCore", "near_duplicates"),
+        "self_supervised": ("SSLPretrainer", "features", "knn_probe", "linear_probe"),
+        "iterative_kmq": ("History", "IterativeKMQ", "IterativeResult"),
+    },
+)

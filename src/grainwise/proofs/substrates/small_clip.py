@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
+from transformers.models.clip.modeling_clip import CLIPOutput
 
 from grainwise.images import random_flip
+from grainwise.training import train_lm
 from grainwise.world import Species, World
 from grainwise.world.taxonomy import with_article
 
@@ -76,6 +79,25 @@ def pictures(world: World, labels: np.ndarray, first: int, **options: object) ->
     return torch.from_numpy(drawn.images).permute(0, 3, 1, 2).float().div_(255)
 
 
+class SpeciesContrast(nn.Module):
+    """CLIP's loss where pictures of one species share their sentences: each of them is as good an answer."""
+
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, species: Tensor, **inputs: Tensor) -> CLIPOutput:
+        """species: int64 (batch,); inputs: of the model."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=float(np.log(100)))
+        output = self.model(**inputs)
+        same = (species[:, None] == species[None]).float()
+        target = same / same.sum(1, keepdim=True)
+        logits = output.logits_per_image.float()
+        output.loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+        return output
+
+
 @functools.lru_cache(maxsize=1)
 def small_clip(steps: int, seed: int = 0) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
     """(CLIP in evaluation mode, tokenizer), trained for `steps` contrastive steps; the same for all seeds of a proof."""
@@ -89,23 +111,17 @@ def small_clip(steps: int, seed: int = 0) -> tuple[CLIPModel, PreTrainedTokenize
     kinds = rng.integers(len(worlds[0]), size=(len(worlds), count // len(worlds)))
     pool = torch.cat([pictures(world, kinds[i], 100_000) for i, world in enumerate(worlds)])
     label = (kinds + len(worlds[0]) * np.arange(len(worlds))[:, None]).ravel()
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for step in range(steps):
+            rows = rng.integers(len(pool), size=min(BATCH, len(pool)))
+            parts = 4 if step % 4 == 3 else 2  # sometimes long sentences, so that late positions are learnt
+            said = words([sentence(species[k], rng, parts) for k in label[rows]], padding=True, return_tensors="pt")
+            seen = random_flip(pool[rows], torch.Generator().manual_seed(int(rng.integers(2**31))))
+            yield {**said, "pixel_values": (seen - 0.5) / 0.5, "species": torch.from_numpy(label[rows])}
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(2, steps), pct_start=0.1)
-    for step in range(steps):
-        rows = rng.integers(len(pool), size=min(BATCH, len(pool)))
-        parts = 4 if step % 4 == 3 else 2  # sometimes long sentences, so that late positions are learnt
-        said = words([sentence(species[k], rng, parts) for k in label[rows]], padding=True, return_tensors="pt")
-        seen = random_flip(pool[rows], torch.Generator().manual_seed(int(rng.integers(2**31))))
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model((said["input_ids"]), (seen - 0.5) / 0.5, said["attention_mask"])
-        same = torch.from_numpy(label[rows][:, None] == label[rows][None]).float()  # pictures of one species share sentences
-        target = same / same.sum(1, keepdim=True)
-        logits = output.logits_per_image.float()
-        loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=float(np.log(100)))
+    loss = SpeciesContrast(model)
+    options: dict[str, Any] = {"warmup": 0.1, "schedule": "cosine", "autocast": torch.bfloat16, "clip": None}
+    train_lm(loss, batches(), steps=steps, optimizers=[optimizer], **options)
     return model.eval(), words

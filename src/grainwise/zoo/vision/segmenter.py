@@ -73,20 +73,21 @@ class PromptLoss(nn.Module):
         self.model = model
 
     def forward(
-        self, pixel_values: Tensor, points: Tensor, boxes: Tensor, whole: Tensor, part: Tensor, by_box: Tensor
+        self, pixel_values: Tensor, points: Tensor, boxes: Tensor, whole: Tensor, part: Tensor, turn: Tensor
     ) -> SimpleNamespace:
-        """points: (batch, prompts, 1, 2); boxes: (batch, prompts, 4); whole, part: float (batch, prompts, side, side)."""
-        embeddings = self.model.get_image_embeddings(pixel_values)
-        if bool(by_box):
+        """points: (batch, prompts, 1, 2); boxes: (batch, prompts, 4); whole, part: float (batch, prompts, side, side).
+
+        turn: the number of the step, which decides what is asked: one mask by a point, several by a point, one by a box.
+        """
+        # `get_image_embeddings` would cut the gradient.
+        embeddings = self.model.vision_encoder(pixel_values).last_hidden_state
+        several, by_box = int(turn) % 4 == 1, int(turn) % 4 == 3
+        if by_box:
             prompt: dict[str, Tensor] = {"input_boxes": boxes}
         else:
             prompt = {"input_points": points, "input_labels": torch.ones(points.shape[:3], dtype=torch.long)}
-        single = self.model(image_embeddings=embeddings, multimask_output=False, **prompt)
-        loss = self._loss(single, [whole])
-        if not bool(by_box):
-            several = self.model(image_embeddings=embeddings, multimask_output=True, **prompt)
-            loss = loss + self._loss(several, [whole, part])
-        return SimpleNamespace(loss=loss)
+        output = self.model(image_embeddings=embeddings, multimask_output=several, **prompt)
+        return SimpleNamespace(loss=self._loss(output, [whole, part] if several else [whole]))
 
     def _loss(self, output: object, targets: list[Tensor]) -> Tensor:
         masks = output.pred_masks.float()  # type: ignore[attr-defined]
@@ -142,7 +143,7 @@ def train(spec: VisionSpec, out: Path, progress: Progress | None = None, compile
         rng = np.random.default_rng(spec.seed)
         for step, chosen in enumerate(order_of(spec, len(pool.images))):
             prompts = pool.prompts(chosen.numpy(), PROMPTS, rng)
-            yield {"pixel_values": normalise(pool.images[chosen]), "by_box": torch.tensor(step % 3 == 2)} | prompts
+            yield {"pixel_values": normalise(pool.images[chosen]), "turn": torch.tensor(step)} | prompts
 
     if compiled:
         model.vision_encoder.forward = torch.compile(model.vision_encoder.forward)
