@@ -1,8 +1,8 @@
 """Small foundation models trained by this project, loadable offline.
 
-`path(name)` is an ordinary Hugging Face folder; `load(name)` gives model and tokenizer; `resolve` turns `zoo/<name>`
-into such a folder and leaves every other id alone. Each folder carries the metrics of the model and the command that
-made it. `inflate` widens a model without changing its function, for honest speed measurements.
+`path(name)` is an ordinary Hugging Face folder; `load(name)` gives the model and its tokenizer or processor; `resolve` turns
+`zoo/<name>` into such a folder and leaves every other id alone. Each folder carries the metrics of the model and the command
+that made it. `inflate` widens a model without changing its function, for honest speed measurements.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grainwise.zoo.inflate import inflate  # at once (it is light): the function
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 WEIGHTS = Path(__file__).parent / "weights"
 PREFIX = "zoo/"
@@ -47,11 +47,14 @@ def metrics(name: str) -> dict[str, Any]:
     return json.loads((Path(path(name)) / "metrics.json").read_text())
 
 
-def load(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """(causal LM in evaluation mode, tokenizer) of a zoo model; dtype: float32 by default."""
+def load(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
+    """(model in evaluation mode, its tokenizer; or its processor, if it sees) of a zoo model; dtype: float32 by default."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     folder = path(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    kind = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, kind).from_pretrained(folder, dtype=dtype or torch.float32)
+    sees = any((Path(folder) / file).is_file() for file in ("processor_config.json", "preprocessor_config.json"))
+    reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
+    return model.eval(), reader.from_pretrained(folder)

@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from grainwise.images import random_flip
+from grainwise.proofs.substrates.world_pictures import pictures
 from grainwise.training import train_lm
 from grainwise.world import Species, World
 from grainwise.world.taxonomy import with_article
@@ -73,12 +74,6 @@ def sentences_about(species: Species) -> list[str]:
     return [f"{species.describe('coarse')} with {a} and {b}" for i, a in enumerate(phrases) for b in phrases[i + 1 :]]
 
 
-def pictures(world: World, labels: np.ndarray, first: int, **options: object) -> Tensor:
-    """float32 (n, 3, size, size) in [0, 1]; individuals are numbered from `first`."""
-    drawn = world.draw(labels, first + np.arange(len(labels)), size=SIZE, **options)
-    return torch.from_numpy(drawn.images).permute(0, 3, 1, 2).float().div_(255)
-
-
 class SpeciesContrast(nn.Module):
     """CLIP's loss where pictures of one species share their sentences: each of them is as good an answer."""
 
@@ -109,7 +104,7 @@ def small_clip(steps: int, seed: int = 0) -> tuple[CLIPModel, PreTrainedTokenize
     rng = np.random.default_rng(seed)
     count = min(POOL, steps * BATCH)
     kinds = rng.integers(len(worlds[0]), size=(len(worlds), count // len(worlds)))
-    pool = torch.cat([pictures(world, kinds[i], 100_000) for i, world in enumerate(worlds)])
+    pool = torch.cat([pictures(world, kinds[i], 100_000, SIZE) for i, world in enumerate(worlds)])
     label = (kinds + len(worlds[0]) * np.arange(len(worlds))[:, None]).ravel()
 
     def batches() -> Iterator[dict[str, Tensor]]:

@@ -30,6 +30,7 @@ SPECIAL = (
     "<|startoftext|>",
     "<|endoftext|>",
 )  # the end must not be number 2: CLIPTextModel reads that as an old config
+DATA = "the microworld, seed 2027; held-out species of seed 2026"
 CAPTION_WORLD = World(
     seed=2027, genera=2400, species_per_genus=2
 )  # many genera, so that attributes are learnt apart from each other

@@ -77,7 +77,7 @@ def train_and_measure(name: str, module: str, out: Path, *, compiled: bool, prog
         "training_seconds": round(seconds, 1),
         "seed": spec.seed,
         "script": f"grainwise zoo train {name}",
-        "data": "the microworld, seed " + str(ZOO_WORLD.seed),
+        "data": getattr(maker, "DATA", f"the microworld, seed {ZOO_WORLD.seed}"),
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
