@@ -213,7 +213,7 @@ PROOF = Proof(
     ),
     run=experiment,
     conditions=conditions,
-    note="`extend` loses on new classes here, with 10 or 60 base classes and with short or full texts alike (seeds 10, 11): the "
+    note="`extend` loses on new classes here, with 10 or 60 base classes, with short or full texts (seeds 10, 11): the "
     "nearest base features differ from the new class in several parts. With full texts zero-shot starts at 70% and all gains "
     "are smaller.",
 )
