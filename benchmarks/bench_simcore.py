@@ -48,18 +48,22 @@ def selected_by(method: str, folder: Path) -> tuple[np.ndarray, float]:
     vectors = pool.embeddings
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     if method == "sorts":
-        queues = [deque(np.argsort(-(vectors @ c), kind="stable")) for c in centroids]
+        chosen = rounds([deque(np.argsort(-(vectors @ c), kind="stable")) for c in centroids])
     else:
         import faiss
 
         index = faiss.IndexFlatIP(DIMENSION)
         index.add(vectors)
-        queues = [deque(rows) for rows in index.search(centroids, 2 * BUDGET // CENTROIDS)[1]]
-    return rounds(queues), time.perf_counter() - started
+        depth, chosen = 2 * BUDGET // CENTROIDS, None
+        while chosen is None:  # other centroids took too many of the rows found: search deeper
+            chosen = rounds([deque(found) for found in index.search(centroids, depth)[1]])
+            depth *= 2
+    assert chosen is not None
+    return chosen, time.perf_counter() - started
 
 
-def rounds(queues: list[deque[int]]) -> np.ndarray:
-    """The rounds as one writes them by hand: every centroid's next row that no earlier round took."""
+def rounds(queues: list[deque[int]]) -> np.ndarray | None:
+    """The rounds as one writes them by hand: every centroid's next row that no earlier round took; None if a queue runs out."""
     taken = np.zeros(ROWS, bool)
     chosen: list[int] = []
     while True:
@@ -68,7 +72,7 @@ def rounds(queues: list[deque[int]]) -> np.ndarray:
             while queue and taken[queue[0]]:
                 queue.popleft()
             if not queue:
-                raise RuntimeError("a queue ran out")
+                return None
             this[int(queue[0])] = None
         new = list(this)
         if len(chosen) + len(new) > BUDGET:

@@ -36,6 +36,8 @@ def test_loss_falls_on_the_response_alone(tokenizer):
 
 
 def test_long_rows_are_cut(tokenizer):
-    batch = CompletionCollator(tokenizer, prompt_length=4, response_length=6)([{"prompt": "a b c " * 20, "response": "d e f " * 20}])
+    batch = CompletionCollator(tokenizer, prompt_length=4, response_length=6)(
+        [{"prompt": "a b c " * 20, "response": "d e f " * 20}]
+    )
     assert batch["input_ids"].shape == (1, 10)
     assert batch["input_ids"][0, -1] == tokenizer.eos_token_id

@@ -40,7 +40,9 @@ def sources_document(name, text):
 def test_module_text_names_what_it_documents(tmp_path):
     file = tmp_path / "shop.py"
     long = "Return the price of everything in the basket, in cents."
-    file.write_text(f'"""{long} Module."""\nclass A:\n    """{long} Class."""\n    def price(self, tax):\n        """{long}"""\n')
+    file.write_text(
+        f'"""{long} Module."""\nclass A:\n    """{long} Class."""\n    def price(self, tax):\n        """{long}"""\n'
+    )
     text = module_text(file)
     assert [p.splitlines()[0] for p in text.split("\n\n")] == ["module shop", "class A", "def price(self, tax)"]
     file.write_text("def broken(:\n")

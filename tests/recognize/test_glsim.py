@@ -212,6 +212,7 @@ def test_no_gradient_through_the_selection_and_both_looks_count():
                 out = model.global_token(model.encode(x)[0])
                 weight[0, 0] -= shift
             return out
+
         crops = crop_resize(pixels, output.boxes, 24)
         logits = model.classify(token(pixels, moved * first), token(crops, moved * second))
         return torch.nn.functional.cross_entropy(logits, labels).item()

@@ -18,7 +18,7 @@ def unit(rows):
 
 def data(seed=0, pool=200, target=40, dimension=6):
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((pool, dimension)).astype(np.float32), rng.standard_normal((target, dimension)).astype(np.float32)
+    return tuple(rng.standard_normal((rows, dimension)).astype(np.float32) for rows in (pool, target))
 
 
 def naive_rounds(pool, centroids, rounds):

@@ -31,7 +31,7 @@ CLASSES = GENERA * SIBLINGS
 CAPTIONED, PER_CLASS, VALIDATION, TEST, VIEWS = 4, 10, 4, 40, 10  # images a class
 GROUNDS = ("sand", "rock")
 ERRORS = 0.1  # share of captions with a wrong colour
-STEPS, REPEATS = 250, 2  # of the CLIP; worlds, averaged
+STEPS = 250  # of the CLIP
 
 
 def class_name(species: Species) -> str:
@@ -114,14 +114,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def experiment(seed: int, smoke: bool) -> dict[str, float]:
-    """All arms on the shifted target and, as a control, on one without shift; averaged over worlds."""
-    rows = []
-    for repeat in range(1 if smoke else REPEATS):
-        shifted = arms(10 * seed + repeat, smoke, "ink", GROUNDS)
-        same = arms(10 * seed + repeat, smoke, "plain", STUFF_NAMES)
-        rows.append(shifted | {f"no_shift_{name}": same[name] for name in ("zero_shot", "tipx_names", "tipx_captions", "caps")})
-    figures = {name: round(sum(r[name] for r in rows) / len(rows), 3) for name in rows[0]}
-    return {"baseline": figures["tipx_names"], "ours": figures["caps"], **figures}
+    """All arms on the shifted target and, as a control, on one without shift."""
+    figures = arms(seed, smoke, "ink", GROUNDS)
+    same = arms(seed, smoke, "plain", STUFF_NAMES)
+    figures |= {f"no_shift_{name}": same[name] for name in ("zero_shot", "tipx_names", "tipx_captions", "caps")}
+    return {"baseline": figures["tipx_names"], "ours": figures["caps"]} | {k: round(v, 3) for k, v in figures.items()}
 
 
 def conditions(rows: list[dict[str, Any]]) -> dict[str, bool]:
@@ -153,5 +150,8 @@ PROOF = Proof(
     ),
     run=experiment,
     conditions=conditions,
-    note="The four captioned images a class are labelled target images: name-only in the paper's sense, not label-free.",
+    note="The search chose image similarity alone on every seed (delta 0, so the method is Tip-X on the captioned support): the "
+    "captions decide what the support looks like, which is where the gain comes from, but their features add nothing to it in "
+    "so small a CLIP. The four captioned images a class are labelled target images: name-only in the paper's sense, not "
+    "label-free.",
 )

@@ -1,10 +1,10 @@
 """GLSim's claim on a small machine: a second look pays where the tokens point, not just anywhere.
 
-Sixteen species of four genera stand small, at a random place, on cluttered ground; sisters differ in one attribute of one
-small part. One tiny ViT, with a small convolutional stem, is warmed up once on another world's species; then three arms go on
-from it with equal compute: a plain ViT with twice the epochs, a second look at a random box of the same sizes, and GLSim. On
-the trained GLSim encoder the boxes of rollout and of the image centre are measured too. What selection costs is timed on
-random tensors of the size of ViT-B at 448 px.
+Sixteen species of four genera stand small, at a random place, on cluttered ground; sisters differ in the colour of one part
+that fills less than a twentieth of the picture. One tiny ViT, with a small convolutional stem, is warmed up once on the genera
+of another world; then three arms go on from it with equal compute: a plain ViT with twice the epochs, a second look at a random
+box of the same sizes, and GLSim. On the trained GLSim encoder the boxes of rollout and of the image centre are measured too.
+What selection costs is timed on random tensors of the size of ViT-B at 448 px.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu
+from torch.nn.functional import avg_pool2d, cross_entropy, relu
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.utils import ModelOutput
 
@@ -29,15 +29,17 @@ from grainwise import images as im
 from grainwise.proofs.frame import Proof
 from grainwise.recognize.glsim import GLSimForImageClassification, attention_rollout, global_local_similarity, topk_box
 from grainwise.recognize.training import ArrayImages, accuracy, train_recogniser
-from grainwise.world import Nuisance, World
+from grainwise.world import Nuisance, Species, World
+from grainwise.world.shapes import SIZES
 
 SIZE, PATCH, WIDTH, LAYERS, HEADS = 48, 8, 64, 3, 2
 GENERA, SISTERS = 4, 4
-NUISANCE = Nuisance(scale=(0.22, 0.3), place=0.22, clutter=4)
-WARM_WORLD, WARM_GENERA, WARM_SISTERS = 5000, 16, 3  # no seed of a proof comes near it
+CANDIDATES = 32  # genera of a world from which the four are taken
+NUISANCE = Nuisance(scale=(0.21, 0.28), place=0.24, clutter=4, occlusion=0.05)
+WARM_WORLD, WARM_GENERA = 5000, 48  # no seed of a proof comes near it
 PREPARE = im.Pipeline(partial(im.normalise, mean=(0.5,) * 3, std=(0.25,) * 3))
 AUGMENT = im.Pipeline(im.random_flip)
-TOP_K = 4
+TOP_K = 5
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Scale:
     each: int = 30  # training images of a species
     test_each: int = 40
     epochs: int = 15
-    warm_images: int = 9600
+    warm_images: int = 7680
     warm_epochs: int = 4
     batch: int = 32
 
@@ -72,7 +74,7 @@ class Stem(nn.Module):
         return self.coarse.weight
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.coarse(gelu(self.middle(gelu(self.fine(pixel_values)))))
+        return self.coarse(relu(self.middle(relu(self.fine(pixel_values)))))
 
 
 def shape(**options: Any) -> ViTConfig:
@@ -81,7 +83,8 @@ def shape(**options: Any) -> ViTConfig:
         hidden_size=WIDTH,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        intermediate_size=4 * WIDTH,
+        intermediate_size=2 * WIDTH,
+        hidden_act="relu",
         image_size=SIZE,
         patch_size=PATCH,
         **options,
@@ -103,41 +106,73 @@ def drawn(world: World, species: Sequence[int], first: int, each: int) -> Any:
     return world.draw(labels, numbers, size=SIZE, nuisance=NUISANCE)
 
 
-def trained(model: nn.Module, data: ArrayImages, *, epochs: float, lr: float, seed: int, batch: int) -> nn.Module:
+def key_size(species: Species) -> float:
+    """How much of the body's plane the key part of a species takes, all its copies together."""
+    part = species.key_part
+    return part.count * part.slot.half[0] * part.slot.half[1] * SIZES[part.size] ** 2
+
+
+def chosen(world: World) -> list[int]:
+    """The species of the four genera with key parts of middling size among those whose sisters differ in a colour."""
+    genera = [species for species in world.species[::SISTERS] if species.key[1] == "colour"]
+    first = len(genera) // 2 - GENERA // 2
+    middle = sorted(genera, key=key_size, reverse=True)[first : first + GENERA]
+    return [species.index + sister for species in middle for sister in range(SISTERS)]
+
+
+def trained(model: Any, data: ArrayImages, *, epochs: float, lr: float, batch: int, **options: Any) -> Any:
     """The model after AdamW with a cosine schedule."""
-    options: dict[str, Any] = {"lr_scheduler_type": "cosine", "weight_decay": 0.05, "warmup_steps": 30}
-    train_recogniser(
-        model, data, epochs=epochs, lr=lr, batch_size=batch, seed=seed, augment=AUGMENT, prepare=PREPARE, **options
-    )
+    options |= {"lr_scheduler_type": "cosine", "weight_decay": 0.05, "warmup_steps": 30, "prepare": PREPARE}
+    train_recogniser(model, data, epochs=epochs, lr=lr, batch_size=batch, **options)
     return model
 
 
 class WarmUp(ViTForImageClassification):
-    """Classifies from the class token and, with the same head, from the mean patch.
+    """Names, with one head, the genus in the picture from the class token and the genus or the ground in a patch from it.
 
-    That draws the patches of the object towards the class token, as training on millions of images does in the encoders
-    that the paper starts from; a tiny encoder does not get there from the class token's loss alone.
+    That draws the patches of the object, and no others, towards the class token, as training on millions of images does in
+    the encoders that the paper starts from. The last label is the ground; patches labelled -1 show some of both.
     """
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ModelOutput:
-        hidden = self.vit(pixel_values).last_hidden_state
-        whole, mean = self.classifier(hidden[:, 0]), self.classifier(hidden[:, 1:].mean(1))
+        """labels: (batch, 1 + patches)."""
+        logits = self.classifier(self.vit(pixel_values).last_hidden_state)
         if labels is None:
-            return ModelOutput(logits=whole)
-        return ModelOutput(loss=(cross_entropy(whole, labels) + cross_entropy(mean, labels)) / 2, logits=whole)
+            return ModelOutput(logits=logits[:, 0])
+        patches, shown = logits[:, 1:].flatten(0, 1), labels[:, 1:].flatten()
+        ground = shown == self.config.num_labels - 1
+        genus = (shown >= 0) & ~ground
+        dense = (cross_entropy(patches[genus], shown[genus]) + cross_entropy(patches[ground], shown[ground])) / 2
+        return ModelOutput(loss=cross_entropy(logits[:, 0], labels[:, 0]) + dense, logits=logits[:, 0])
+
+
+def boxes_around(objects: Tensor) -> Tensor:
+    """Random boxes between each object's own (n, 4) and the whole picture, x0 y0 x1 y1 in whole pixels."""
+    share = torch.rand(objects.shape, generator=torch.Generator().manual_seed(0))
+    low = (objects[:, :2] * share[:, :2]).floor().clamp(max=SIZE - PATCH)
+    high = (objects[:, 2:] + (SIZE - objects[:, 2:]) * share[:, 2:]).ceil()
+    return torch.cat([low, torch.maximum(high, low + PATCH)], 1)
+
+
+def warm_data(scale: Scale) -> ArrayImages:
+    """Random crops that keep the object, with the labels that `WarmUp` reads."""
+    world = World(seed=WARM_WORLD, genera=WARM_GENERA, species_per_genus=1)
+    pictures = drawn(world, range(WARM_GENERA), 0, scale.warm_images // WARM_GENERA)
+    boxes, masks = boxes_around(torch.from_numpy(pictures.boxes)), torch.from_numpy(pictures.masks)[:, None].float()
+    covered = avg_pool2d(im.crop_resize(masks, boxes, SIZE), PATCH).flatten(1)
+    genus = torch.from_numpy(pictures.labels)[:, None]
+    patches = torch.where(covered > 0.4, genus, torch.where(covered < 0.1, WARM_GENERA, -1))
+    return ArrayImages(im.crop_resize(im.from_uint8(pictures.images), boxes, SIZE), torch.cat([genus, patches], 1))
 
 
 @functools.cache
 def warm_encoder(scale: Scale) -> ViTModel:
-    """The encoder that every arm of every seed starts from, trained on the species of a world of its own."""
+    """The encoder that every arm of every seed starts from, trained on the genera of a world of its own."""
     torch.manual_seed(0)
     encoder = ViTModel(shape(), add_pooling_layer=False)
     encoder.embeddings.patch_embeddings.projection = Stem()
-    world = World(seed=WARM_WORLD, genera=WARM_GENERA, species_per_genus=WARM_SISTERS)
-    pictures = drawn(world, range(len(world)), 0, scale.warm_images // len(world))
-    model = classifier(encoder, len(world), WarmUp)
-    data = ArrayImages(pictures.images, pictures.labels)
-    trained(model, data, epochs=scale.warm_epochs, lr=WARM_RATE, seed=0, batch=64)
+    model = classifier(encoder, WARM_GENERA + 1, WarmUp)
+    trained(model, warm_data(scale), epochs=scale.warm_epochs, lr=WARM_RATE, batch=64)
     return encoder
 
 
@@ -192,11 +227,13 @@ def selection_ratio() -> float:
 def run(seed: int, smoke: bool) -> dict[str, Any]:
     """Accuracy of the three arms, coverage of the selectors, and the cost of selecting."""
     scale = SMOKE if smoke else FULL
-    world = World(seed=seed, genera=GENERA, species_per_genus=SISTERS)
-    train, test = (
-        drawn(world, range(len(world)), first, each) for first, each in ((0, scale.each), (200_000, scale.test_each))
+    world = World(seed=seed, genera=CANDIDATES, species_per_genus=SISTERS)
+    species = chosen(world)
+    train, test = (drawn(world, species, first, each) for first, each in ((0, scale.each), (200_000, scale.test_each)))
+    data, held = (
+        ArrayImages(pictures.images, np.repeat(np.arange(len(species)), each))
+        for pictures, each in ((train, scale.each), (test, scale.test_each))
     )
-    data, held = ArrayImages(train.images, train.labels), ArrayImages(test.images, test.labels)
 
     torch.manual_seed(seed)
     plain = classifier(copy.deepcopy(warm_encoder(scale)), GENERA * SISTERS)
@@ -204,7 +241,7 @@ def run(seed: int, smoke: bool) -> dict[str, Any]:
     arms["gls"] = (two_looks("similarity", scale, seed), scale.epochs)
     found = {}
     for name, (model, epochs) in arms.items():
-        trained(model, data, epochs=epochs, lr=RATE, seed=seed, batch=scale.batch)
+        trained(model, data, epochs=epochs, lr=RATE, batch=scale.batch, seed=seed, augment=AUGMENT)
         torch.manual_seed(seed)  # of the random boxes at test time
         found[name] = accuracy(model, held, prepare=PREPARE)
     covered = {f"coverage_{s}": coverage(arms["gls"][0], s, test) for s in ("similarity", "random", "centre", "rollout")}
@@ -236,7 +273,8 @@ def conditions(rows: list[dict[str, Any]]) -> dict[str, bool]:
 PROOF = Proof(
     system="glsim",
     claim="a second look at the most similar patches beats a random crop by 2 points, and a plain ViT of equal compute",
-    substrate="microworld: 16 species in 4 genera, small on cluttered ground of 48 px; a ViT of 36 tokens, width 64",
+    substrate="microworld: 16 species in 4 genera, sisters of unlike colour in one part, small on cluttered ground of 48 px; "
+    "a ViT of 36 tokens, width 64",
     baseline="the same model with a random box of the same sizes",
     metric="top-1 accuracy on unseen individuals",
     higher_is_better=True,
@@ -244,4 +282,8 @@ PROOF = Proof(
     modules=("grainwise.recognize.glsim", "grainwise.recognize.training", "grainwise.recognize.vit_layout", "grainwise.images"),
     run=run,
     conditions=conditions,
+    note="Not shown on development seed 11: GLSim 0.466, a random crop 0.450, the plain ViT 0.527, though the boxes cover 0.89 "
+    "of the object against 0.56; a crop of 48 px adds no pixels, and at equal compute the plain ViT takes twice as many steps. "
+    "The warm start needs labels of patches: with image labels alone, read off the class token and the surest patch, the "
+    "patches stayed alike (cosine with the class token 0.98, on the object and off it).",
 )

@@ -1,10 +1,14 @@
 """MixOE's claim on a small machine: mixing with outliers teaches to notice unseen sister species, plain exposure does not.
 
 A world of three kinds (bird, fish, flower) gives 20 known species, two of each genus; the third of each genus is the fine
-test, unlike its sisters in one attribute of one small part. Other kinds and handwritten digits are the coarse test. The
-auxiliary outliers are textured scenes with several things of yet other kinds. Every arm goes on for eight epochs from one
-checkpoint of standard training: standard, mixup among the known, outlier exposure (OE), energy exposure, MixOE by mixup and
-by cutmix. Which MixOE arm counts is decided on held-out outliers and validation images, never on the tests.
+test, unlike its sisters in one attribute of one small part. Of thirty genera those ten are taken whose sisters differ most in
+their pictures: a classifier that cannot tell known sisters apart could not notice a third. Other kinds and handwritten digits
+are the coarse test. The auxiliary outliers are textured scenes with several things of yet other kinds. Every arm goes on for
+five epochs from one checkpoint of standard training: standard, mixup among the known, outlier exposure (OE), energy exposure,
+MixOE by mixup and by cutmix. Which MixOE arm counts is decided on held-out outliers and validation images, never on the tests.
+
+The network has group norm, which treats every image by itself: with batch norm, known images would be tested with statistics
+that are averaged over them and the outliers.
 """
 
 from __future__ import annotations
@@ -28,14 +32,15 @@ from grainwise.proofs.frame import Proof
 from grainwise.recognize.mixoe import MixOutlierExposure, OutlierExposureTrainer
 from grainwise.recognize.training import ArrayImages, Mix, predict_logits, train_recogniser
 from grainwise.world import World
-from grainwise.world.individuals import Nuisance
+from grainwise.world.individuals import CALM, Nuisance
 from grainwise.world.scenes import Scenes
 
 KNOWN_KINDS = ("bird", "fish", "flower")
 COARSE_KINDS = ("truck", "teapot")
 POOL_KINDS = ("beetle", "mushroom", "snail")
 GENERA, SISTERS = 10, 3  # the last species of each genus is held out
-NUISANCE = Nuisance(scale=(0.32, 0.4), place=0.06, clutter=3, occlusion=0.05)
+DRAWN_GENERA, PORTRAITS = 30, 8  # of the genera drawn, those count whose sisters look least alike in these many portraits
+NUISANCE = Nuisance(scale=(0.36, 0.4), place=0.03, turn=6.0, azimuth=12.0, light=0.1, clutter=0, occlusion=0.0)
 PREPARE = im.Pipeline(partial(im.normalise, mean=(0.5,) * 3, std=(0.25,) * 3))
 AUGMENT = im.Pipeline(im.random_flip, partial(im.colour_jitter, brightness=32 / 255))
 LAMBDAS = np.linspace(0, 1, 11)
@@ -47,10 +52,10 @@ class Scale:
 
     size: int = 32
     each: int = 60  # training images of a species
-    test_each: int = 80
+    test_each: int = 60
     outliers: int = 1200
-    epochs: int = 12
-    more_epochs: int = 8
+    epochs: int = 15
+    more_epochs: int = 5
     batch: int = 32
 
 
@@ -67,7 +72,7 @@ class SmallConfig(PreTrainedConfig):
 
 
 class SmallCNN(PreTrainedModel):
-    """Three convolutions with batch norm and pooling: about three million products for an image of 32 x 32."""
+    """Three convolutions with group norm and pooling: about three million products for an image of 32 x 32."""
 
     config_class = SmallConfig
 
@@ -75,13 +80,19 @@ class SmallCNN(PreTrainedModel):
         super().__init__(config)
         stages: list[nn.Module] = []
         for before, width in zip((3, *config.widths), config.widths):
-            stages += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+            stages += [
+                nn.Conv2d(before, width, 3, padding=1, bias=False),
+                nn.GroupNorm(width // 8, width),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(config.widths[-1], config.num_labels)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ModelOutput:
-        logits = self.head(self.stages(pixel_values).amax((2, 3)))
+        features = self.stages(pixel_values.contiguous(memory_format=torch.channels_last))
+        logits = self.head(features.amax((2, 3)))
         loss = functional.cross_entropy(logits, labels) if labels is not None else None
         return ModelOutput(loss=loss, logits=logits) if loss is not None else ModelOutput(logits=logits)
 
@@ -120,9 +131,10 @@ class Data:
 
 def data_of(seed: int, scale: Scale) -> Data:
     """Draw all sets; raises if an outlier is also a test image."""
-    world = World(seed=seed, genera=GENERA, species_per_genus=SISTERS, kinds=KNOWN_KINDS)
-    held = [s.index for s in world.species if s.index % SISTERS == SISTERS - 1]
-    known = [s.index for s in world.species if s.index % SISTERS != SISTERS - 1]
+    world = World(seed=seed, genera=DRAWN_GENERA, species_per_genus=SISTERS, kinds=KNOWN_KINDS)
+    genera = visible_genera(world, scale.size)
+    held = [SISTERS * genus + SISTERS - 1 for genus in genera]
+    known = [SISTERS * genus + number for genus in genera for number in range(SISTERS - 1)]
 
     def drawn(world: World, species: list[int], first: int, each: int) -> np.ndarray:
         labels, numbers = np.repeat(species, each), np.tile(np.arange(first, first + each), len(species))
@@ -140,14 +152,32 @@ def data_of(seed: int, scale: Scale) -> Data:
     pool = scenes.draw(np.arange(scale.outliers + 5 * scale.test_each)).images
     tests = {"fine": im.from_uint8(drawn(world, held, 200_000, 2 * scale.test_each)), "coarse": torch.cat(far)}
     test = labelled(200_000, scale.test_each)
-    require_disjoint(pool, id_test=test.images.numpy(), ood_test=[i for t in tests.values() for i in (255 * t).byte().numpy()],
-                     outlier_classes=POOL_KINDS, test_classes=(*KNOWN_KINDS, *COARSE_KINDS))  # fmt: skip
+    require_disjoint(
+        pool,
+        id_test=test.images.numpy(),
+        ood_test=[image for t in tests.values() for image in (255 * t).byte().permute(0, 2, 3, 1).numpy()],
+        outlier_classes=POOL_KINDS,
+        test_classes=(*KNOWN_KINDS, *COARSE_KINDS),
+    )
     return Data(
         train=labelled(0, scale.each),
         outliers=[{"pixel_values": image} for image in torch.from_numpy(pool[: scale.outliers])],
         known={"val": labelled(100_000, scale.test_each // 2), "test": test},
         unknown={"val": im.from_uint8(pool[scale.outliers :]), **tests},
     )
+
+
+def visible_genera(world: World, size: int) -> list[int]:
+    """The genera whose most similar two sisters differ most at this size: what no pixel shows, no method can notice.
+
+    Compared are means of calm portraits, known and held-out sisters alike.
+    """
+    species, numbers = np.repeat(np.arange(len(world)), PORTRAITS), np.tile(np.arange(PORTRAITS), len(world))
+    portraits = world.draw(species, numbers, size=size, nuisance=CALM).images
+    means = portraits.reshape(world.genera, SISTERS, PORTRAITS, -1).mean(2)
+    pairs = zip(*np.triu_indices(SISTERS, 1))
+    least = np.min([np.square(means[:, a] - means[:, b]).mean(1) for a, b in pairs], axis=0)
+    return sorted(np.argsort(-least, kind="stable")[:GENERA].tolist())
 
 
 def trained(model: SmallCNN, data: Data, *, epochs: float, lr: float, seed: int, scale: Scale, **options: Any) -> SmallCNN:
@@ -209,17 +239,30 @@ def figures(model: SmallCNN, data: Data, score: str = "msp") -> dict[str, float]
     return found
 
 
-def deviation(model: SmallCNN, data: Data) -> float:
-    """Mean absolute distance of the mean confidence on mixtures from the line that falls from 1 to 1 / classes."""
-    known = im.from_uint8(data.known["test"].images)
+def on_mixtures(model: SmallCNN, data: Data) -> dict[str, float]:
+    """What the model says of blends of known test images with held-out outliers.
+
+    deviation: mean absolute distance of the mean confidence from the line that falls from 1 to 1 / classes. unmixed: the
+    mean confidence at the line's upper end. half_species, half_genus: how often the most probable species of an equal blend
+    is the right one, or of the right genus.
+    """
+    labels = data.known["test"].labels[::4]
+    known = im.from_uint8(data.known["test"].images[::4])
     outliers = data.unknown["val"][torch.arange(len(known)) % len(data.unknown["val"])]
     floor = 1 / model.config.num_labels
-    distances = []
+    distances, more = [], {}
     for weight in LAMBDAS:
         mixed = im.blend(known, outliers, torch.tensor([weight], dtype=torch.float32))
-        sure = ood_scores(predict_logits(model, mixed, prepare=PREPARE)).mean()
-        distances.append(abs(sure - (floor + weight * (1 - floor))))
-    return float(np.mean(distances))
+        logits = predict_logits(model, mixed, prepare=PREPARE)
+        confidence = float(ood_scores(logits).mean())
+        distances.append(abs(confidence - (floor + weight * (1 - floor))))
+        if weight == 0.5:
+            named = logits.argmax(1)
+            more["half_species"] = float((named == labels).float().mean())
+            more["half_genus"] = float((named // (SISTERS - 1) == labels // (SISTERS - 1)).float().mean())
+        if weight == 1:
+            more["unmixed"] = confidence
+    return {"deviation": float(np.mean(distances)), **more}
 
 
 def run(seed: int, smoke: bool) -> dict[str, Any]:
@@ -236,7 +279,9 @@ def run(seed: int, smoke: bool) -> dict[str, Any]:
         found = figures(models[arm], data, "energy" if arm == "energy" else "msp")
         row |= {f"{arm}_{k}": v for k, v in found.items()}
     chosen = max(("mixup", "cutmix"), key=lambda arm: row[f"{arm}_val_auroc"])
-    row |= {"chosen": chosen, "oe_deviation": deviation(models["oe"], data), "ours_deviation": deviation(models[chosen], data)}
+    row["chosen"] = chosen
+    for name, arm in (("oe", "oe"), ("ours", chosen)):
+        row |= {f"{name}_{k}": v for k, v in on_mixtures(models[arm], data).items()}
     row |= {f"ours_{k}": row[f"{chosen}_{k}"] for k in ("accuracy", "coarse_auroc", "fine_tnr95", "coarse_tnr95")}
     return {"baseline": row["standard_fine_auroc"], "ours": row[f"{chosen}_fine_auroc"], **row}
 
@@ -259,7 +304,8 @@ def conditions(rows: list[dict[str, Any]]) -> dict[str, bool]:
 PROOF = Proof(
     system="mixoe",
     claim="fine-tuning on mixtures with outliers lifts AUROC on unseen sister species 2 points over standard training and OE",
-    substrate="microworld: 20 known species at 32 px, 10 held-out sisters (fine), other kinds and digits (coarse); a small CNN",
+    substrate="microworld: 20 known species at 32 px, 10 held-out, visibly different sisters (fine), other kinds and digits "
+    "(coarse); a small CNN",
     baseline="standard training for as many epochs from the same checkpoint",
     metric="AUROC of the maximum softmax probability, known against held-out sister species",
     higher_is_better=True,
@@ -267,4 +313,6 @@ PROOF = Proof(
     modules=("grainwise.recognize.mixoe", "grainwise.recognize.training", "grainwise.evaluate.ood", "grainwise.images"),
     run=run,
     conditions=conditions,
+    note="Does not show on seeds 10 and 11: mean fine AUROC is 0.760, standard training's 0.774, OE's 0.764; accuracy falls "
+    "2.3 points. On unmixed known images the mean confidence is 0.72, where the line asks for 1.",
 )

@@ -33,7 +33,7 @@ __getattr__, __dir__, __all__ = exports(
         ),
         "kmq": ("KCenter", "KMQ"),
         "simcore": ("SimCore", "near_duplicates"),
-        "self_supervised": ("SSLPretrainer", "features", "knn_probe", "linear_probe"),
+        "self_supervised": ("SSLPretrainer", "features"),
         "iterative_kmq": ("History", "IterativeKMQ", "IterativeResult"),
     },
 )

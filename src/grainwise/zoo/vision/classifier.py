@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grainwise.evaluate.probes import linear_probe
 from grainwise.training import Progress
 from grainwise.zoo.vision.fitting import fit
 from grainwise.zoo.vision.pictures import augment, draw_pool, held_out, normalise, order_of
@@ -64,15 +65,10 @@ def species_probe(encoder: Encoder, shots: int = 10, each: int = 5, species: int
 
     Uses the first `species` training species; both sets are individuals that no zoo training has drawn.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
     drawn = held_out(ZOO_WORLD, species_of(TRAIN_GENERA)[:species], shots + each)
     learn = np.arange(len(drawn)) % (shots + each) < shots
     x = features(encoder, drawn.images).numpy()
-    scaler = StandardScaler().fit(x[learn])
-    probe = LogisticRegression(C=0.1, max_iter=300).fit(scaler.transform(x[learn]), drawn.labels[learn])
-    return float(probe.score(scaler.transform(x[~learn]), drawn.labels[~learn]))
+    return linear_probe(x[learn], drawn.labels[learn], x[~learn], drawn.labels[~learn])
 
 
 def measure(folder: Path) -> dict[str, float]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grainwise.data.batching import shuffled_rows
 from grainwise.world import Individuals, Nuisance, World
 from grainwise.world.scenes import Scenes
 from grainwise.zoo.vision.specs import IMAGE, MEAN, SCENE, STD, TRAIN_GENERA, ZOO_WORLD, VisionSpec, species_of
@@ -56,13 +57,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def order_of(spec: VisionSpec, count: int) -> Iterator[Tensor]:
     """`spec.steps` batches of indices below `count`, every index once an epoch."""
-    generator = torch.Generator().manual_seed(spec.seed)
-    rest = torch.empty(0, dtype=torch.long)
-    for _ in range(spec.steps):
-        while len(rest) < spec.batch:
-            rest = torch.cat([rest, torch.randperm(count, generator=generator)])
-        yield rest[: spec.batch]
-        rest = rest[spec.batch :]
+    return shuffled_rows(count, spec.batch, spec.steps, torch.Generator().manual_seed(spec.seed))
 
 
 def scenes(seed: int = 0, size: int = SCENE) -> Scenes:

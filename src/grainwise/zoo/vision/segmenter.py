@@ -46,7 +46,10 @@ def build(spec: VisionSpec) -> nn.Module:
     )
     prompt = SamPromptEncoderConfig(hidden_size=width, image_size=SCENE, patch_size=PATCH)
     decoder = SamMaskDecoderConfig(hidden_size=width, mlp_dim=4 * width, num_attention_heads=4, iou_head_hidden_dim=width)
-    return SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder))
+    vision.scale = 1  # of the random frequencies that encode places; the class's own default, 64, makes neighbours unlike
+    model = SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder))
+    model.shared_image_embedding.requires_grad_(False)
+    return model
 
 
 def overlap_loss(logits: Tensor, target: Tensor) -> Tensor:
