@@ -150,7 +150,7 @@ PROOF = Proof(
     ),
     run=experiment,
     conditions=conditions,
-    note="The search chose image similarity alone on every seed (delta 0, so the method is Tip-X on the captioned support): the "
+    note="The search chose image similarity alone on every seed (delta 0: Tip-X on the captioned support): the "
     "captions decide what the support looks like, which is where the gain comes from, but their features add nothing to it in "
     "so small a CLIP. The four captioned images a class are labelled target images: name-only in the paper's sense, not "
     "label-free.",
