@@ -47,7 +47,7 @@ SPECS: dict[str, VisionSpec] = {
         VisionSpec("dino-mini", pictures=60_000),
         VisionSpec("clip-mini", pictures=260_000, batch=192, pool=76_800),
         VisionSpec("sam-mini", pictures=32_000, layers=5, batch=16, pool=6_000, matrix_lr=3e-3, other_lr=1e-3),
-        VisionSpec("llava-mini", pictures=60_000, batch=48, pool=20_000, matrix_lr=3e-3, other_lr=1e-3),
+        VisionSpec("llava-mini", pictures=36_000, batch=48, pool=12_000, matrix_lr=3e-3, other_lr=1e-3),
         VisionSpec("detr-mini", pictures=60_000, hidden_size=96, layers=3, batch=16, pool=8_000, other_lr=7e-4),
     )
 }
