@@ -231,20 +231,16 @@ class NearestQueues:
         used = np.zeros(k, np.int64)
         worst = np.full(k, -np.inf, np.float32)
         for start, scores in self._similarities():
-            scores[self.taken[start : start + len(scores)]] = -np.inf
-            at, owner = np.nonzero(scores > worst)
-            if not len(at):
-                continue
-            order = np.argsort(owner, kind="stable")
-            at, owner = at[order], owner[order]
+            scores[:, self.taken[start : start + scores.shape[1]]] = -np.inf
+            owner, at = np.nonzero(scores > worst[:, None])
             bounds = np.searchsorted(owner, np.arange(k + 1))
             for c in np.flatnonzero(np.diff(bounds)).tolist():
                 new = at[bounds[c] : bounds[c + 1]]
                 if used[c] + len(new) > room:
-                    self._merge(rows, values, used, worst, c, start + new, scores[new, c])
+                    self._merge(rows, values, used, worst, c, start + new, scores[c, new])
                 else:
                     place = slice(used[c], used[c] + len(new))
-                    rows[c, place], values[c, place] = start + new, scores[new, c]
+                    rows[c, place], values[c, place] = start + new, scores[c, new]
                     used[c] += len(new)
         for c in range(k):
             self._merge(rows, values, used, worst, c, np.empty(0, np.int64), np.empty(0, np.float32))
@@ -266,6 +262,9 @@ class NearestQueues:
         """Keep the best `length` of what centroid c holds and the new rows, by similarity, then by row number."""
         number = np.concatenate([rows[c, : used[c]], new_rows])
         value = np.concatenate([values[c, : used[c]], new_values])
+        if len(value) > self.length:
+            close = value >= np.partition(value, -self.length)[-self.length]
+            number, value = number[close], value[close]
         best = np.lexsort((number, -value))[: self.length]
         rows[c], values[c] = -1, -np.inf
         rows[c, : len(best)], values[c, : len(best)] = number[best], value[best]
@@ -273,10 +272,10 @@ class NearestQueues:
         worst[c] = value[best[-1]] if len(best) == self.length else -np.inf
 
     def _similarities(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, float32 (rows, k)) of cosine similarities, batch by batch."""
+        """(first row, float32 (k, rows)) of cosine similarities, batch by batch."""
         for start, vectors in self.pool.batches(BATCH_ROWS):
-            scores = vectors @ self.centroids.T
-            scores /= np.linalg.norm(vectors, axis=1)[:, None]
+            scores = self.centroids @ vectors.T
+            scores /= np.linalg.norm(vectors, axis=1)
             yield start, scores
 
 
