@@ -16,7 +16,9 @@ def test_candidates_alternate():
         alternate({}, runs=0)
 
 
-@pytest.mark.parametrize("lower, expected", [(True, {"s vs naive": 2.0, "s vs p": 0.5}), (False, {"s vs naive": 0.5, "s vs p": 2.0})])
+@pytest.mark.parametrize(
+    "lower, expected", [(True, {"s vs naive": 2.0, "s vs p": 0.5}), (False, {"s vs naive": 0.5, "s vs p": 2.0})]
+)
 def test_ratios_above_one_mean_ours_is_ahead(lower, expected):
     settings = [Setting(name="s", ours=2.0, naive=4.0, peers={"p": 1.0})]
     found = Benchmark(system="x", unit="ms", settings=settings, runs=1, lower_is_better=lower)

@@ -24,7 +24,9 @@ def test_import_loads_no_heavy_library():
 
 @pytest.mark.parametrize("first, second", [("grainwise", "peft"), ("peft", "grainwise")])
 def test_peft_knows_our_methods_in_either_order(first, second):
-    found = python(f"import {first}\nimport {second}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m\nprint('KASA' in str(m))")
+    found = python(
+        f"import {first}\nimport {second}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m\nprint('KASA' in str(m))"
+    )
     assert found == "True"
 
 

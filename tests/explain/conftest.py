@@ -38,7 +38,13 @@ def small_vit():
 
     torch.manual_seed(0)
     config = ViTConfig(
-        image_size=16, patch_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=5
+        image_size=16,
+        patch_size=4,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=5,
     )
     model = ViTForImageClassification(config)
     with torch.no_grad():

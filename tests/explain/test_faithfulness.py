@@ -85,12 +85,14 @@ def test_grad_cam_reads_convolutions_and_vits(small_vit, image):
     assert gradcam(small_vit, image, 2).shape == (16, 16)
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(3, 4, 3, padding=1)
-    model = torch.nn.Sequential(convolution, torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3)).eval()
+    model = torch.nn.Sequential(
+        convolution, torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3)
+    ).eval()
     heat = gradcam(model, image, 1)
     with torch.no_grad():
         maps = convolution((image[None] - 0.5) / 0.5)[0]
     weight = model[-1].weight[1] * (maps > 0).float().mean((1, 2))  # the gradient through the pooling, averaged
-    torch.testing.assert_close(heat, (weight[:, None, None] * maps).sum(0).relu().detach() / 256 , rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(heat, (weight[:, None, None] * maps).sum(0).relu().detach() / 256, rtol=1e-3, atol=1e-6)
     with pytest.raises(TypeError, match="unknown arguments"):
         gradcam(model, image, 1, men=(0, 0, 0))
     with pytest.raises(ValueError, match="give layer="):

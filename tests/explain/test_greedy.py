@@ -64,7 +64,10 @@ def test_greedy_equals_a_loop_that_evaluates_everything_anew():
 
 
 def test_laziness_saves_evaluations():
-    assert lazy_greedy(coverage(0, size=40, universe=300), 10, block=1).evaluations < 0.7 * greedy(coverage(0, 40, 300), 10).evaluations
+    assert (
+        lazy_greedy(coverage(0, size=40, universe=300), 10, block=1).evaluations
+        < 0.7 * greedy(coverage(0, 40, 300), 10).evaluations
+    )
 
 
 def test_stochastic_greedy_looks_at_part_of_the_candidates():

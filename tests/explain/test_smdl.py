@@ -33,7 +33,8 @@ def by_hand(scorer, image, masks, target, weights, chosen):
     scores = scorer(torch.stack([image * seen, image * ~seen]))
     single = scorer(image * masks[:, None]).features
     distance = [
-        [math.acos(min(1.0, float(torch.cosine_similarity(single[i], single[j], dim=0)))) / math.pi for j in chosen] for i in chosen
+        [math.acos(min(1.0, float(torch.cosine_similarity(single[i], single[j], dim=0)))) / math.pi for j in chosen]
+        for i in chosen
     ]
     effective = sum(min(d for j, d in enumerate(row) if j != i) for i, row in enumerate(distance)) if len(chosen) > 1 else 0.0
     parts = [float(scores.confidence[0]), effective, float(scores.probabilities[0, target])]
@@ -50,7 +51,9 @@ def test_the_objective_is_its_definition_and_independent_of_chunks_and_order(sma
     for chosen, candidates in (((4, 1), [0, 3, 8]), ((1, 4), [0, 3, 8]), ((2,), [5])):
         expected = [by_hand(scorers[0], image, masks, 2, weights, [*chosen, c])[0] for c in candidates]
         for objective in objectives:
-            torch.testing.assert_close(objective.values(chosen, candidates), torch.tensor(expected).double(), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                objective.values(chosen, candidates), torch.tensor(expected).double(), atol=1e-5, rtol=1e-5
+            )
 
 
 def test_greedy_equals_exhaustive_re_evaluation(small_vit, image, masks):
@@ -195,7 +198,10 @@ def test_clip_explains_texts(image):
 
     torch.manual_seed(0)
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    towers = {"text_config": CLIPTextConfig(vocab_size=9, **layers), "vision_config": CLIPVisionConfig(image_size=16, patch_size=8, **layers)}
+    towers = {
+        "text_config": CLIPTextConfig(vocab_size=9, **layers),
+        "vision_config": CLIPVisionConfig(image_size=16, patch_size=8, **layers),
+    }
     clip = CLIPModel(CLIPConfig(projection_dim=8, **towers)).eval()
     weights = nn.functional.normalize(torch.randn(8, 3), dim=0)
     scorer = ClipScorer(clip, weights, batch_size=5)

@@ -85,6 +85,7 @@ def test_figures_of_the_paper() -> None:
 
 def test_the_parameter_is_the_best_one() -> None:
     for density in (0.003, 0.02, 0.05, 0.1, 0.3, 0.6):
+
         def cost(b: int, k: float = density) -> float:
             return b + 1 / (1 - (1 - k) ** (2**b))
 

@@ -137,7 +137,9 @@ def test_a_full_disk_is_reported_and_loses_nothing(finished, tmp_path):
 
 def test_too_little_data_is_an_error(tmp_path):
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(40)))
-    text = RECIPE.replace("train: pydoc, test: pydoc, train_limit: 40, test_limit: 20", f"train: {tmp_path}/few.jsonl, test: pydoc")
+    text = RECIPE.replace(
+        "train: pydoc, test: pydoc, train_limit: 40, test_limit: 20", f"train: {tmp_path}/few.jsonl, test: pydoc"
+    )
     with pytest.raises(ValueError, match="fewer than|too few|more text"):
         run_recipe(parse(text), tmp_path / "out")
 

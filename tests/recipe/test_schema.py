@@ -30,7 +30,8 @@ WRONG = {
     HEAD + "steps:\n  - adapt: {system: loldu}\n": r"loldu is still planned. Systems for `adapt`: .*kasa",
     HEAD + "steps:\n  - adapt: {system: qlora}\n": r"qlora is not a step of this kind",
     HEAD + "steps:\n  - adapt: {r: 4}\n": r"steps.0.adapt: name its system",
-    HEAD + "steps:\n  - adapt:\n      system: kasa\n      rnak: 4\n": r":6: steps.0.adapt.rnak: unknown field. Did you mean 'rank'|'r'",
+    HEAD
+    + "steps:\n  - adapt:\n      system: kasa\n      rnak: 4\n": r":6: steps.0.adapt.rnak: unknown field. Did you mean 'rank'|'r'",
     HEAD + "steps:\n  - adapt:\n      system: kasa\n      r: eight\n": r":6: steps.0.adapt.r: .*integer.*'eight'",
     HEAD + "steps:\n  - adapt:\n      system: kasa\n      r: 0\n": r":6: steps.0.adapt.r: .*greater than or equal to 1.* 0",
     HEAD + "steps:\n  - compress: {system: qlora, bits: nf5}\n": r"steps.0.compress.bits: got 'nf5', expected .*'nf4'",

@@ -183,7 +183,12 @@ def test_pictures_that_do_not_fit_are_refused(model, folders, tmp_path):
     (tmp_path / "train" / "one" / "broken.png").write_bytes(b"not a picture")
     broken = FOLDERS.format(model=model, root=folders, more="", steps="recognize: {system: gda}")
     with pytest.raises(ValueError, match="one class|broken.png"):
-        run_recipe(parse(broken.replace(f"{folders}/train", str(tmp_path / "train")).replace(f"{folders}/test", str(tmp_path / "train"))), tmp_path / "c")
+        run_recipe(
+            parse(
+                broken.replace(f"{folders}/train", str(tmp_path / "train")).replace(f"{folders}/test", str(tmp_path / "train"))
+            ),
+            tmp_path / "c",
+        )
 
 
 def test_a_corrupt_model_is_named(model, tmp_path):

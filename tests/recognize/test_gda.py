@@ -181,9 +181,7 @@ def test_the_mean_of_a_new_class_counts_copies_of_its_text():
     weight = text.weights[:, 0].double()
     near = x[(x @ weight).topk(10).indices]
     mean = (near.sum(0) + 6 * weight) / 16
-    precision = new_class_precision(
-        torch.stack([x[(x @ w).topk(10).indices] - w for w in text.weights.T.double()])
-    )
+    precision = new_class_precision(torch.stack([x[(x @ w).topk(10).indices] - w for w in text.weights.T.double()]))
     torch.testing.assert_close(new.coef_[:, 0], (precision @ mean).float(), atol=1e-4, rtol=1e-4)
 
 
@@ -209,9 +207,7 @@ def test_saving_reloading_and_going_on(tmp_path):
 def test_alpha_is_chosen_on_what_is_held_out():
     x, y, text = task(seed=1)
     validated = GDAClassifier(text).fit(x[:60], y[:60], validation=(x[60:], y[60:]))
-    scores = [
-        GDAClassifier(text, alpha=a).fit(x[:60], y[:60]).score(x[60:], y[60:]) for a in validated.alphas
-    ]
+    scores = [GDAClassifier(text, alpha=a).fit(x[:60], y[:60]).score(x[60:], y[60:]) for a in validated.alphas]
     assert validated.alpha_ == validated.alphas[int(np.argmax(scores))]
     random = torch.randint(K, (len(y),), generator=torch.Generator().manual_seed(0))
     x_views, y_views = x.repeat_interleave(3, 0), random.repeat_interleave(3)

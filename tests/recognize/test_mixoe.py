@@ -23,7 +23,14 @@ from grainwise.recognize.mixoe import (
 from grainwise.recognize.training import ArrayImages, RecognitionTrainer, train_recogniser
 
 K, SIZE = 4, 8
-VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": SIZE, "patch_size": 4}
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": SIZE,
+    "patch_size": 4,
+}
 
 
 def seeded(seed=0):
@@ -51,8 +58,16 @@ def pool():
 
 
 def arguments(folder, **options):
-    quiet = {"report_to": [], "disable_tqdm": True, "log_level": "error", "save_strategy": "no", "per_device_train_batch_size": 8}
-    return TrainingArguments(folder, use_cpu=True, **quiet | {"learning_rate": 1e-2, "num_train_epochs": 2, "seed": 3} | options)
+    quiet = {
+        "report_to": [],
+        "disable_tqdm": True,
+        "log_level": "error",
+        "save_strategy": "no",
+        "per_device_train_batch_size": 8,
+    }
+    return TrainingArguments(
+        folder, use_cpu=True, **quiet | {"learning_rate": 1e-2, "num_train_epochs": 2, "seed": 3} | options
+    )
 
 
 def trainer(folder, known, pool, model=None, mix=None, **options):
@@ -135,7 +150,9 @@ def test_one_weight_a_batch_or_one_a_sample():
 
 def test_own_operation():
     mix = MixOutlierExposure(lambda images, outliers, weight, generator: (outliers, torch.zeros(1)))
-    mixed, targets = mix(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]), torch.ones(2, 3, 4, 4), num_labels=2, generator=seeded())
+    mixed, targets = mix(
+        torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]), torch.ones(2, 3, 4, 4), num_labels=2, generator=seeded()
+    )
     assert mixed.all()
     assert (targets == 0.5).all()
 

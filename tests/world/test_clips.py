@@ -77,7 +77,9 @@ def test_moments_follow_the_action(batch):
                 assert not mine
                 continue
             steps = ACTIONS[action].steps
-            assert [one.captions["fine"].split("with")[-1].endswith(step.phrase()) for one, step in zip(mine, steps, strict=True)] == [True, True]
+            assert [
+                one.captions["fine"].split("with")[-1].endswith(step.phrase()) for one, step in zip(mine, steps, strict=True)
+            ] == [True, True]
             assert 0 <= mine[0].start < mine[0].end <= mine[1].start < mine[1].end <= 16
             units = [(one.end - one.start) / step.units for one, step in zip(mine, steps, strict=True)]
             assert units[0] == units[1] >= 2
@@ -232,7 +234,9 @@ def test_wrong_indices_are_named():
 def test_torch_form_draws_batches():
     clips = Clips(WORLD, 10, 8, 32)
     data = RecordDataset(clips, 6)
-    loader = torch.utils.data.DataLoader(data, batch_size=3, collate_fn=lambda rows: torch.stack([row["frames"] for row in rows]))
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=3, collate_fn=lambda rows: torch.stack([row["frames"] for row in rows])
+    )
     frames = torch.cat(list(loader))
     assert frames.shape == (6, 8, 3, 32, 32)
     assert torch.equal(frames[4], torch.from_numpy(clips.draw([4]).frames[0]).permute(0, 3, 1, 2))

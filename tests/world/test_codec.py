@@ -28,7 +28,9 @@ def moving_square(dx, dy, count=9):
     return frames
 
 
-@pytest.mark.parametrize(("settings", "least"), [({}, 30), ({"full_colour": True}, 37), ({"quality": 1, "full_colour": True}, 45)])
+@pytest.mark.parametrize(
+    ("settings", "least"), [({}, 30), ({"full_colour": True}, 37), ({"quality": 1, "full_colour": True}, 45)]
+)
 def test_round_trip(tmp_path, clip, settings, least):
     video = read_video(write_video(tmp_path / "clip.mp4", clip, **settings))
     assert video.frames.shape == clip.shape

@@ -95,7 +95,9 @@ def test_points_lie_at_their_numbers(drawn):
         axis, limit = one.of_role("axis")[0].box, one.data["axis"][1]
         for element in one.of_role("point"):
             x, y = (element.box[0] + element.box[2]) / 2, (element.box[1] + element.box[3]) / 2
-            assert (axis[3] - y) / (axis[3] - axis[1]) * limit == pytest.approx(element.value, abs=1.2 * limit / (axis[3] - axis[1]))
+            assert (axis[3] - y) / (axis[3] - axis[1]) * limit == pytest.approx(
+                element.value, abs=1.2 * limit / (axis[3] - axis[1])
+            )
             last = element.place[0] == len(one.data["series"]) - 1  # later lines may cross earlier points
             if last:
                 assert (one.image[int(y), int(x)] == ink(one.data["colours"][element.place[0]])).all()
@@ -148,7 +150,16 @@ def test_chart_answers_follow_from_the_numbers(drawn, kind):
             assert question.answer == chart_answer(one.data, question), question
             for place in question.about[1:] if question.kind in ("value", "difference", "compare") else ():
                 assert one.data["categories"][place] in question.text
-            if len(one.data["series"]) > 1 and question.kind in ("value", "highest", "lowest", "difference", "compare", "over", "sum", "trend"):
+            if len(one.data["series"]) > 1 and question.kind in (
+                "value",
+                "highest",
+                "lowest",
+                "difference",
+                "compare",
+                "over",
+                "sum",
+                "trend",
+            ):
                 assert one.data["series"][question.about[0]] in question.text
     assert len(asked) >= 6
 
@@ -221,7 +232,9 @@ def test_posters_answer(drawn):
                 assert question.answer == WORLD.species[one.data["species"]].kind
         corner = one.image[1, 1]
         assert (corner == ink(one.data["colour"])).all()
-        assert all(text in one.captions["fine"] for role, text in texts.items() if role in ("title", "date", "time", "place", "line"))
+        assert all(
+            text in one.captions["fine"] for role, text in texts.items() if role in ("title", "date", "time", "place", "line")
+        )
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(r, c) for r in (1, 2, 3) for c in (1, 2, 3) if r * c > 1])
@@ -329,7 +342,9 @@ def test_torch_and_datasets_forms():
     documents = Documents(WORLD, 10, 96, 96)
     truth = documents.draw([0, 1, 2, 3])
     data = RecordDataset(documents, 4)
-    loader = torch.utils.data.DataLoader(data, batch_size=2, collate_fn=lambda rows: torch.stack([row["image"] for row in rows]))
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=2, collate_fn=lambda rows: torch.stack([row["image"] for row in rows])
+    )
     np.testing.assert_array_equal(torch.cat(list(loader)).permute(0, 2, 3, 1).numpy(), np.stack([one.image for one in truth]))
     table = to_dataset(documents, 4)
     for row, one in zip(table, truth, strict=True):

@@ -148,9 +148,7 @@ def search(*, room: str | None = None, state: str | None = None, words: str | No
     return [
         c
         for c in cards().values()
-        if (room is None or c.room == room)
-        and (state is None or c.state == state)
-        and all(w in c.words() for w in wanted)
+        if (room is None or c.room == room) and (state is None or c.state == state) and all(w in c.words() for w in wanted)
     ]
 
 

@@ -30,9 +30,7 @@ def mean_loss(model: nn.Module, blocks: Tensor, *, batch_size: int = 16, autocas
         ids = batch.to(device)
         with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
             logits = model(input_ids=ids, use_cache=False).logits
-        total += functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
-        ).item()
+        total += functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").item()
     model.train(was_training)
     return total / (len(blocks) * (blocks.shape[1] - 1))
 
@@ -88,7 +86,7 @@ def stream_loss(
         targets = padded[:, 1:].clone()
         for i, start in enumerate(chunk):
             if start > 0:
-                targets[i, : half] = -100  # scored by the window before
+                targets[i, :half] = -100  # scored by the window before
         inputs = padded[:, :-1].clamp(min=0).to(device)
         with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
             logits = model(input_ids=inputs, use_cache=False).logits

@@ -45,9 +45,7 @@ def occlusion(scorer: SetScorer, image: Tensor, target: int, *, images: int = 65
     return (loss[:, None, None] * windows).sum(0) / windows.sum(0).clamp(min=1)
 
 
-def kernel_shap(
-    scorer: SetScorer, image: Tensor, target: int, *, images: int = 650, grid: int = 7, seed: int = 0
-) -> Tensor:
+def kernel_shap(scorer: SetScorer, image: Tensor, target: int, *, images: int = 650, grid: int = 7, seed: int = 0) -> Tensor:
     """Shapley values of the grid's patches by weighted regression on random coalitions (Lundberg, Lee, arXiv 1705.07874)."""
     generator = torch.Generator().manual_seed(seed)
     patches = grid * grid

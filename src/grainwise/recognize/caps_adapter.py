@@ -103,9 +103,7 @@ class CapSAdapter:
         """float32 (rows, classes): logits of unit features (rows, dimension)."""
         self._check(features)
         weights = {"affinity": self.alpha, "profile": self.gamma}
-        return torch.cat(
-            [LogitEnsemble(weights)(self.text.logits(part), self._terms(part)) for part in self._chunks(features)]
-        )
+        return torch.cat([LogitEnsemble(weights)(self.text.logits(part), self._terms(part)) for part in self._chunks(features)])
 
     def predict(self, features: Tensor) -> Tensor:
         """int64 (rows,): the class of the highest logit."""

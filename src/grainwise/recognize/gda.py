@@ -114,7 +114,7 @@ class GDAClassifier(ClassifierMixin, BaseEstimator):
         if known is None and hasattr(self, "coef_"):
             raise ValueError("a classifier made by extend has no statistics to add to: fit one to labelled rows instead")
         if isinstance(self.alpha, str) and self.text is not None and known is None:
-            raise ValueError('partial_fit cannot choose alpha from a stream: give a number, or call fit on a part first')
+            raise ValueError("partial_fit cannot choose alpha from a stream: give a number, or call fit on a part first")
         count = len(known.counts) if known is not None else self.text.classes if self.text is not None else classes
         if count is None:
             raise ValueError("without text the first partial_fit needs classes=, the number of classes")

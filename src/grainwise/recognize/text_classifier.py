@@ -119,9 +119,7 @@ def prompts_of(name: str, templates: Sequence[str], descriptions: Mapping[str, S
 
 
 @torch.no_grad()
-def encode_texts(
-    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int = 256
-) -> Tensor:
+def encode_texts(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
     """Unit text features float32 (texts, dimension). Warns with the number of texts that had to be cut."""
     limit = clip.config.text_config.max_position_embeddings
     lengths = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
