@@ -6,6 +6,7 @@ What lies between `<!-- NAME -->` and `<!-- /NAME -->` is replaced.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from grainwise import zoo
 from grainwise.catalog import cards
@@ -40,14 +41,25 @@ def proofs() -> str:
     for slug in frame.available():
         result = frame.recorded(slug)
         if result is not None:
-            verdict = "holds" if result["holds"] else "not shown"
             means = f"{result['baseline_mean']:.4g} | {result['ours_mean']:.4g}"
-            rows.append(f"| {cards()[slug].name} | {result['metric']} | {result['baseline']} | {means} | {verdict} |")
+            rows.append(f"| {cards()[slug].name} | {result['metric']} | {result['baseline']} | {means} | {verdict(result)} |")
     lead = (
-        "What the proofs measured, three seeds each (`src/grainwise/proofs/results/`). Not shown means that a seed, the margin "
-        "or a further condition failed at this scale; the record's note says which and why."
+        "What the proofs measured, three seeds each (`src/grainwise/proofs/results/`). A claim holds when every seed and the "
+        "margin agree and all that the paper says beside it shows too; in part, when only something beside it fails, which is "
+        "then named. The record's note says why."
     )
     return "\n".join([lead, "", *rows])
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """`holds`; `in part`, with what failed beside the claim; or `not shown`."""
+    if result["holds"]:
+        return "holds"
+    sign = 1 if result["higher_is_better"] else -1
+    ahead = all(sign * (row["ours"] - row["baseline"]) > 0 for row in result["per_seed"])
+    if not ahead or result["relative_gain"] < result["margin"]:
+        return "not shown"
+    return "in part; not: " + "; ".join(name for name, met in result["conditions"].items() if not met)
 
 
 def zoo_table() -> str:
