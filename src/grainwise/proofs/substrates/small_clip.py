@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +115,14 @@ def small_clip(steps: int, seed: int = 0) -> tuple[CLIPModel, PreTrainedTokenize
             yield {**said, "pixel_values": (seen - 0.5) / 0.5, "species": torch.from_numpy(label[rows])}
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    loss = SpeciesContrast(model)
-    options: dict[str, Any] = {"warmup": 0.1, "schedule": "cosine", "autocast": torch.bfloat16, "clip": None}
-    train_lm(loss, batches(), steps=steps, optimizers=[optimizer], **options)
+    train_lm(
+        SpeciesContrast(model),
+        batches(),
+        steps=steps,
+        optimizers=[optimizer],
+        warmup=0.1,
+        schedule="cosine",
+        clip=None,
+        autocast=torch.bfloat16,
+    )
     return model.eval(), words
